@@ -1,0 +1,1 @@
+"""noisout_nb: the thin helper package behind the noisOut notebooks, one module a stage."""

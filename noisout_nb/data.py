@@ -1,0 +1,262 @@
+"""Stage 1, the data: Oxford Flowers102, and flowers drawn by formula that need no download.
+
+Both come as a `FlowerImages` data set: every picture decoded once and kept as uint8, so that no epoch decodes
+a JPEG again. An item is `(image, label)` with the image as float32 in [-1, 1], the range that diffusion works in.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SPLITS = {"train": ("train", "test"), "val": ("val",)}  # torchvision's splits behind ours
+VAL_IMAGES = 512  # procedural pictures held out, drawn with another seed
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (..., H, W) in 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float (..., H, W) in [-1, 1] -> uint8 in 0..255, clamped and rounded (a plain cast would cut off)."""
+    return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+class FlowerImages(Dataset):
+    """Pictures in memory with their species.
+
+    Attributes: `images` uint8 (N, 3, size, size); `labels` int64 (N,), each in 0..len(classes)-1;
+    `classes` the species' names. `dataset[i]` is `(image, label)`: float32 (3, size, size) in [-1, 1] and an int.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: tuple[str, ...]):
+        self.images, self.labels, self.classes = images, labels, tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return to_float(self.images[index]), int(self.labels[index])
+
+
+def resize_and_crop(image: Tensor, size: int) -> Tensor:
+    """uint8 (3, H, W) -> uint8 (3, size, size): the short side resized with antialiasing, then the centre cut out."""
+    image = F.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return F.center_crop(image, [size, size])
+
+
+class Flowers102(FlowerImages):
+    """Oxford Flowers102: 102 species, 8,189 photographs, downloaded on first use (345 MB).
+
+    `split` is "train" (torchvision's train + test, 7,169 photographs) or "val" (1,020, ten a species, held out
+    for every evaluation). The files live below `root`: the argument, else the environment's NOISOUT_DATA,
+    else `data/` in the repository. Raises ValueError for an unknown split, RuntimeError where the files cannot
+    be had or are incomplete; the message says what to do.
+    """
+
+    def __init__(self, size: int, split: str = "train", root: str | Path | None = None):
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(map(repr, SPLITS))}")
+        root = Path(root or os.environ.get("NOISOUT_DATA") or REPOSITORY / "data")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            parts = [datasets.Flowers102(root, split=part, download=True) for part in SPLITS[split]]
+        except Exception as error:  # torchvision raises what its download, unpacking and checks happen to raise
+            raise RuntimeError(
+                f"Flowers102 is not in {root} and could not be downloaded there ({error}). Connect to the network "
+                "and try again, or set NOISOUT_DATA to a folder that holds 'flowers-102', "
+                "or set NOISOUT_PROFILE=quick for the embedded flowers, which need no download."
+            ) from error
+        files = [file for part in parts for file in part._image_files]
+        labels = torch.tensor([label for part in parts for label in part._labels])
+        missing = [file for file in files if not file.exists()]
+        if missing:
+            raise RuntimeError(
+                f"Flowers102 in {root} is incomplete: {len(missing)} of {len(files)} photographs are missing, "
+                f"{missing[0].name} for one. Delete the folder {missing[0].parent.parent} and run again to download it anew."
+            )
+        super().__init__(_decode(files, size), labels, datasets.Flowers102.classes)
+
+
+def _decode(files: list[Path], size: int) -> Tensor:
+    def decode(file: Path) -> Tensor:
+        try:
+            return resize_and_crop(decode_image(str(file), ImageReadMode.RGB), size)
+        except RuntimeError as error:
+            raise RuntimeError(f"{file} is not a readable JPEG ({error}). Delete {file.parent.parent} and run again.") from error
+
+    with ThreadPoolExecutor() as pool:
+        return torch.stack(list(pool.map(decode, files)))
+
+
+@dataclass(frozen=True)
+class Species:
+    """What the flowers of one species share: ranges of the factors, the shape of a petal, the colours of its heart."""
+
+    petals: tuple[int, int]
+    hue: tuple[float, float]  # in turns: 0 red, 1/3 green, 2/3 blue
+    saturation: float
+    value: float
+    width: float  # half the petal's width / its length
+    base: float  # width ~ u^base (1 - u)^tip at u of the way along the petal: a high base
+    tip: float  # makes a slim claw, a low tip a round end
+    notch: float  # > 0 cuts a heart into the tip, < 0 draws it to a point
+    layer: float  # length of a second ring of petals behind the first (0: none)
+    throat: tuple[float, float, float, float]  # hue, saturation, value, reach: the colour at the petal's foot
+    disc: tuple[float, float, float, float]  # hue, saturation, value, radius: the button in the middle
+
+
+SPECIES = {
+    "poppy": Species((4, 4), (-0.02, 0.04), 0.92, 0.92, 0.62, 0.60, 0.30, 0.00, 0.0, (0.95, 0.75, 0.16, 0.34), (0.22, 0.45, 0.42, 0.15)),
+    "buttercup": Species((5, 6), (0.125, 0.165), 0.90, 0.98, 0.46, 0.75, 0.38, 0.06, 0.0, (0.09, 0.95, 0.80, 0.30), (0.16, 0.75, 0.72, 0.19)),
+    "lily": Species((3, 3), (0.03, 0.09), 0.70, 1.00, 0.27, 0.75, 0.85, -0.10, 1.0, (0.20, 0.55, 0.80, 0.32), (0.06, 0.85, 0.50, 0.09)),
+    "periwinkle": Species((5, 5), (0.60, 0.72), 0.66, 0.92, 0.42, 1.15, 0.34, 0.05, 0.0, (0.70, 0.04, 1.00, 0.30), (0.14, 0.75, 0.95, 0.09)),
+    "cosmos": Species((8, 8), (0.84, 0.94), 0.62, 0.95, 0.27, 0.90, 0.28, 0.10, 0.0, (0.90, 0.85, 0.55, 0.36), (0.125, 0.88, 0.92, 0.19)),
+    "daisy": Species((11, 14), (0.08, 0.16), 0.07, 0.98, 0.16, 0.60, 0.35, 0.00, 0.94, (0.18, 0.30, 0.80, 0.36), (0.125, 0.92, 0.95, 0.27)),
+}
+
+
+class ProceduralFlowers(FlowerImages):
+    """Flowers drawn by formula from known factors: no download, no licence, the same pixels on every machine.
+
+    `factors` maps each factor's name to a tensor (N,): `petals` (a count), `hue` (in turns), `radius` and `cx`, `cy`
+    (in half frames, y downwards), `rotation`, `tilt` and `lean` (radians: how far and which way the flower leans),
+    `background_hue` (in turns), `background` (brightness). Another seed gives an independent sample of the same distribution.
+    Raises ValueError for a size below 16 or a count below 1.
+
+    >>> flowers = ProceduralFlowers(size=32, count=6, seed=0)
+    >>> flowers.images.shape, flowers.images.dtype, len(flowers.classes)
+    (torch.Size([6, 3, 32, 32]), torch.uint8, 6)
+    """
+
+    def __init__(self, size: int = 32, count: int = 2000, seed: int = 0):
+        if size < 16:
+            raise ValueError(f"size is {size}, but a flower needs at least 16 pixels: choose size >= 16, for example 32")
+        if count < 1:
+            raise ValueError(f"count is {count}: choose at least 1 flower")
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(low, high, *shape):
+            return low + (high - low) * torch.rand(count, *shape, dtype=torch.float64, generator=generator)
+
+        labels = torch.randint(len(SPECIES), (count,), generator=generator)
+        kind = {f.name: torch.tensor([getattr(s, f.name) for s in SPECIES.values()], dtype=torch.float64)[labels] for f in fields(Species)}
+        self.factors = {
+            "petals": uniform(kind["petals"][:, 0], kind["petals"][:, 1] + 1).floor(),
+            "hue": uniform(*kind["hue"].T) % 1,
+            "radius": uniform(0.58, 0.84),
+            "rotation": uniform(-0.5, 0.5),
+            "tilt": uniform(0.0, 0.75),
+            "lean": uniform(0.9, 2.3),
+            "cx": uniform(-0.14, 0.14),
+            "cy": uniform(-0.14, 0.10),
+            "background_hue": uniform(0.20, 0.42),
+            "background": uniform(0.12, 0.55),
+        }
+        details = {"petal": uniform(-1, 1, 2, 16), "bokeh": uniform(-1, 1, 5, 4)}  # what varies, but nobody needs to know
+        parts = {**kind, **self.factors, **details}
+        step = max(1, 2**19 // size**2)  # pictures drawn at once: few enough for the processor's cache
+        images = [_draw(size, {name: v[i : i + step] for name, v in parts.items()}) for i in range(0, count, step)]
+        super().__init__(torch.cat(images), labels, tuple(SPECIES))
+
+
+def _smooth(low, high, x: Tensor) -> Tensor:
+    """0 below `low`, 1 above `high`, a smooth S between."""
+    x = ((x - low) / (high - low)).clamp(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def _rgb(hue, saturation, value) -> Tensor:
+    """Hue in turns, saturation and value in 0..1, each (B, 1, H, W) -> RGB (B, 3, H, W)."""
+    k = (hue * 6 + torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64).view(3, 1, 1)) % 6
+    return value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+def _draw(size: int, parts: dict[str, Tensor]) -> Tensor:
+    """Factors of B flowers, each (B, ...) -> uint8 (B, 3, size, size); drawn at twice the size, then averaged."""
+    p = {name: value[..., None, None, None] for name, value in parts.items()}  # (B, 1, 1, 1) against a canvas (B, C, H, W)
+    pixel = 1 / size
+    y, x = torch.meshgrid(*[torch.arange(-1 + pixel / 2, 1, pixel, dtype=torch.float64)] * 2, indexing="ij")
+
+    # Background: a meadow out of focus, darker towards the ground, with a few soft lights.
+    canvas = _rgb(p["background_hue"] - 0.04 * y, 0.60, p["background"] * (1 - 0.35 * y) + 0.04)
+    for dx, dy, wide, glow in (blob.unbind(1) for blob in p["bokeh"].unbind(1)):
+        disc = 1 - _smooth(0.6, 1.0, (x - 1.1 * dx).hypot(y - 1.1 * dy) / (0.40 + 0.18 * wide))
+        canvas = canvas + (0.05 + 0.04 * glow) * disc * torch.tensor([0.9, 1.0, 0.5], dtype=torch.float64).view(3, 1, 1)
+
+    # The flower's own plane: shifted to its centre, tilted away, and cupped (what stands higher is seen shifted).
+    cos, sin = p["lean"].cos(), p["lean"].sin()
+    x, y = (x - p["cx"]) / p["radius"], (y - p["cy"]) / p["radius"]
+    up, side = x * cos + y * sin, y * cos - x * sin
+    up = (up + 0.2 * p["tilt"].sin() * (up**2 + side**2)) / p["tilt"].cos()
+    x, y = up * cos - side * sin, up * sin + side * cos
+    radius, angle, edge = x.hypot(y), torch.atan2(y, x), 1.5 * pixel / p["radius"]
+
+    flower, cover = torch.zeros_like(canvas), torch.zeros_like(radius)  # colour times opacity, opacity
+    sector = 2 * torch.pi / p["petals"]
+    for layer in (1, 0):  # the ring behind, half a petal further round, then the ring in front
+        turn = p["rotation"] + layer * sector / 2 - torch.pi / 2
+        nearest = ((angle - turn) / sector).round()
+        for neighbour in (-1, 0, 1):  # each petal lies over the one before it, all round the flower
+            index = nearest + neighbour
+            jitter = parts["petal"][:, layer].gather(1, (index % p["petals"]).long().flatten(1)).view_as(index)
+            axis = turn + (index + 0.07 * jitter) * sector
+            length = (p["layer"] if layer else 1) * (1 + 0.05 * jitter)
+            u, v = (x * axis.cos() + y * axis.sin()) / length, (y * axis.cos() - x * axis.sin()) / length
+            across = v / p["width"]
+            t = (u + p["notch"] * (1 - across.abs()).clamp(min=0) ** 1.5).clamp(1e-6, 1 - 1e-6)
+            peak = p["base"] / (p["base"] + p["tip"])
+            shape = (t / peak) ** p["base"] * ((1 - t) / (1 - peak)) ** p["tip"]
+            inside = (shape - across.abs()) * p["width"]  # > 0 on the petal, about the distance to its edge
+            there = (u > 0) * (p["layer"] > 0 if layer else 1)
+            alpha, shadow = _smooth(-1, 1, inside / edge) * there, _smooth(-0.14, 0.05, inside) * there
+
+            # Colour: from the throat outwards, veined; a petal curves, so one flank and the tip catch the light.
+            across = (across / (shape + 0.1)).clamp(-1, 1)
+            light = 0.16 * across * (axis - 0.6).sin() + 0.10 * (u - 0.6) * (1 - (axis + 2.2).cos())
+            veins = 0.04 * (11 * across).cos() * _smooth(0.1, 0.5, u) + 0.10 * torch.exp(-((across / 0.12) ** 2)) * (1 - u)
+            value = p["value"] * (0.92 + light - veins + 0.03 * jitter - 0.13 * layer)
+            petal = _rgb(p["hue"] + 0.025 * (u - 0.5), p["saturation"] * (1.15 - 0.3 * u), value)
+            foot = _rgb(p["throat"][:, 0], p["throat"][:, 1], p["throat"][:, 2] * (0.9 + light))
+            petal = foot + (petal - foot) * _smooth(0.3, 1.0, u / p["throat"][:, 3] - 0.1 * (9 * across).cos())
+            flower = flower * (1 - 0.35 * shadow)
+            flower = flower + (petal - flower) * alpha
+            cover = cover + (1 - cover) * alpha
+
+    # The heart: a dome of little florets set in two families of spirals, on a soft shadow.
+    hue, saturation, value, wide = p["disc"].unbind(1)
+    r = radius / wide
+    florets = ((13 * angle + 9 * r).cos() + (8 * angle - 9 * r).cos()) * _smooth(0.1, 0.6, r)
+    dome = value * (0.86 + 0.09 * florets - 0.20 * r * (angle - 0.9).cos() - 0.18 * _smooth(0.65, 1.0, r))
+    flower = flower * (1 - 0.4 * (1 - _smooth(0.7, 1.6, r)))
+    alpha = 1 - _smooth(-1, 1, (r - 1) * wide / edge)
+    flower = flower + (_rgb(hue + 0.02 * (1 - r), saturation, dome) - flower) * alpha
+    cover = cover + (1 - cover) * alpha
+    canvas = (canvas * (1 - cover) + flower).clamp(0, 1)
+    return (avg_pool2d(canvas, 2) * 255).round().to(torch.uint8)
+
+
+def load_data(profile, split: str = "train") -> FlowerImages:
+    """The data set that a profile names: its fields `dataset`, `image_size` and `train_images` decide.
+
+    `split` is "train", or "val" for pictures held out of training (512 of them, if procedural). Raises ValueError otherwise.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(map(repr, SPLITS))}")
+    if profile.dataset == "procedural":
+        count, seed = {"train": (profile.train_images, 0), "val": (VAL_IMAGES, 1)}[split]
+        return ProceduralFlowers(profile.image_size, count, seed)
+    if profile.dataset == "flowers102":
+        return Flowers102(profile.image_size, split)
+    raise ValueError(f"unknown data set {profile.dataset!r}: choose 'procedural' or 'flowers102'")

@@ -1,0 +1,111 @@
+"""Every number that depends on the machine: one frozen dataclass, one table. Notebooks read `profile.image_size`, never a literal."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One size of the same experiment.
+
+    `dataset`: "procedural" or "flowers102". `train_images`: how many flowers to draw (procedural only).
+    The fields from `patch_size` to `dropout` are the UNet's arguments, the next three the GaussianDiffusion's,
+    those from `batch_size` on the training's; `guidance_scale` and `sample_steps` are used to draw the final pictures.
+    """
+
+    name: str
+    dataset: str
+    image_size: int
+    train_images: int | None
+    patch_size: int
+    channels: int
+    channel_mults: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    dropout: float
+    schedule: str
+    timesteps: int
+    prediction: str
+    batch_size: int
+    train_steps: int
+    learning_rate: float
+    ema_decay: float
+    label_dropout: float
+    guidance_scale: float
+    sample_steps: int
+
+    @property
+    def network(self) -> dict:
+        """The UNet's arguments; `num_classes` is added where the data set is at hand."""
+        names = ("image_size", "patch_size", "channels", "channel_mults", "num_res_blocks", "attention_resolutions", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def runs(self) -> Path:
+        """Folder of this profile's checkpoint and pictures, ignored by git."""
+        return Path(os.environ.get("NOISOUT_RUNS") or REPOSITORY / "runs") / self.name
+
+    @property
+    def weights(self) -> Path:
+        """Where the trained weights go: the repository's models/ for real flowers, `runs` for the embedded ones."""
+        return REPOSITORY / "models" / "Flowers102_model.pth" if self.dataset == "flowers102" else self.runs / "model.pth"
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="quick", dataset="procedural", image_size=32, train_images=2000,
+            patch_size=2, channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0,
+            schedule="cosine", timesteps=1000, prediction="v",
+            batch_size=32, train_steps=1200, learning_rate=2e-3, ema_decay=0.995, label_dropout=0.1,
+            guidance_scale=1.0, sample_steps=50,
+        ),
+        Profile(
+            name="flowers32", dataset="flowers102", image_size=32, train_images=None,
+            patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.1,
+            schedule="cosine", timesteps=1000, prediction="v",
+            batch_size=32, train_steps=9_000, learning_rate=6e-4, ema_decay=0.999, label_dropout=0.1,
+            guidance_scale=2.0, sample_steps=50,
+        ),
+        Profile(
+            name="flowers64", dataset="flowers102", image_size=64, train_images=None,
+            patch_size=1, channels=128, channel_mults=(1, 2, 3, 4), num_res_blocks=2, attention_resolutions=(16, 8), dropout=0.1,
+            schedule="cosine", timesteps=1000, prediction="v",
+            batch_size=128, train_steps=50_000, learning_rate=3e-4, ema_decay=0.9999, label_dropout=0.1,
+            guidance_scale=2.0, sample_steps=100,
+        ),
+    )
+}  # fmt: skip
+
+
+def get_profile(name: str | None = None) -> Profile:
+    """The named profile; without a name that of NOISOUT_PROFILE, else flowers64 where CUDA is present, else quick.
+
+    Prints what was chosen, why, and how to change it. Raises ValueError for an unknown name.
+    """
+    if name:
+        reason = "asked for by name"
+    elif name := os.environ.get("NOISOUT_PROFILE"):
+        reason = "set by NOISOUT_PROFILE"
+    elif torch.cuda.is_available():
+        name, reason = "flowers64", "there is a CUDA device"
+    else:
+        name, reason = "quick", "there is no CUDA device"
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r} ({reason}): choose one of {', '.join(PROFILES)}")
+    profile = PROFILES[name]
+    pictures = "embedded flowers" if profile.dataset == "procedural" else "Flowers102"
+    print(f"profile {name!r} ({reason}): {pictures}, {profile.image_size} x {profile.image_size} pixels")
+    print(f"to change it: set NOISOUT_PROFILE to one of {', '.join(PROFILES)} before starting, or call get_profile(name)")
+    return profile
+
+
+def get_device() -> torch.device:
+    """CUDA where it is present, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
