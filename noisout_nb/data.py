@@ -167,7 +167,7 @@ class ProceduralFlowers(FlowerImages):
         }
         details = {"petal": uniform(-1, 1, 2, 16), "bokeh": uniform(-1, 1, 5, 4)}  # what varies, but nobody needs to know
         parts = {**kind, **self.factors, **details}
-        step = max(1, 2**19 // size**2)  # pictures drawn at once: few enough for the processor's cache
+        step = max(1, 2**15 // size**2)  # pictures drawn at once: few enough for the processor's cache
         images = [_draw(size, {name: v[i : i + step] for name, v in parts.items()}) for i in range(0, count, step)]
         super().__init__(torch.cat(images), labels, tuple(SPECIES))
 
@@ -178,74 +178,96 @@ def _smooth(low, high, x: Tensor) -> Tensor:
     return x * x * (3 - 2 * x)
 
 
-def _rgb(hue, saturation, value) -> Tensor:
-    """Hue in turns, saturation and value in 0..1, each (B, 1, H, W) -> RGB (B, 3, H, W)."""
-    k = (hue * 6 + torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64).view(3, 1, 1)) % 6
-    return value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1))
+def _rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Hue in turns, saturation and value in 0..1, each (...) -> RGB (..., 3)."""
+    k = (hue[..., None] * 6 + torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)) % 6
+    return value[..., None] * (1 - saturation[..., None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
-def _draw(size: int, parts: dict[str, Tensor]) -> Tensor:
-    """Factors of B flowers, each (B, ...) -> uint8 (B, 3, size, size); drawn at twice the size, then averaged."""
-    p = {name: value[..., None, None, None] for name, value in parts.items()}  # (B, 1, 1, 1) against a canvas (B, C, H, W)
-    pixel = 1 / size
-    y, x = torch.meshgrid(*[torch.arange(-1 + pixel / 2, 1, pixel, dtype=torch.float64)] * 2, indexing="ij")
+def _grid(size: int) -> tuple[Tensor, Tensor]:
+    """x and y (size, size) of the pixels' centres in a frame from -1 to 1."""
+    ticks = (torch.arange(size, dtype=torch.float64) + 0.5) * 2 / size - 1
+    return ticks.expand(size, size), ticks[:, None].expand(size, size)
 
-    # Background: a meadow out of focus, darker towards the ground, with a few soft lights.
-    canvas = _rgb(p["background_hue"] - 0.04 * y, 0.60, p["background"] * (1 - 0.35 * y) + 0.04)
+
+def _meadow(size: int, p: dict[str, Tensor]) -> Tensor:
+    """The background (B, size, size, 3): a meadow out of focus, darker towards the ground, with a few soft lights."""
+    x, y = _grid(size)
+    p = {name: value[..., None, None] for name, value in p.items()}
+    canvas = _rgb(p["background_hue"] - 0.04 * y, 0.6 + 0 * y, p["background"] * (1 - 0.35 * y) + 0.04)
     for dx, dy, wide, glow in (blob.unbind(1) for blob in p["bokeh"].unbind(1)):
         disc = 1 - _smooth(0.6, 1.0, (x - 1.1 * dx).hypot(y - 1.1 * dy) / (0.40 + 0.18 * wide))
-        canvas = canvas + (0.05 + 0.04 * glow) * disc * torch.tensor([0.9, 1.0, 0.5], dtype=torch.float64).view(3, 1, 1)
+        canvas = canvas + ((0.05 + 0.04 * glow) * disc)[..., None] * torch.tensor([0.9, 1.0, 0.5], dtype=torch.float64)
+    return canvas
 
-    # The flower's own plane: shifted to its centre, tilted away, and cupped (what stands higher is seen shifted).
-    cos, sin = p["lean"].cos(), p["lean"].sin()
-    x, y = (x - p["cx"]) / p["radius"], (y - p["cy"]) / p["radius"]
+
+def _flower(size: int, p: dict[str, Tensor]) -> Tensor:
+    """The flower (B, size, size, 4): red, green, blue, each times the opacity, and the opacity."""
+    # Into the flower's own plane: shifted to its centre, tilted away, and cupped (what stands higher is seen shifted).
+    x, y = _grid(size)
+    radius, cos, sin, tilt, cx, cy = (v[:, None, None] for v in (p["radius"], p["lean"].cos(), p["lean"].sin(), p["tilt"], p["cx"], p["cy"]))
+    x, y = (x - cx) / radius, (y - cy) / radius
     up, side = x * cos + y * sin, y * cos - x * sin
-    up = (up + 0.2 * p["tilt"].sin() * (up**2 + side**2)) / p["tilt"].cos()
+    up = (up + 0.2 * tilt.sin() * (up**2 + side**2)) / tilt.cos()
     x, y = up * cos - side * sin, up * sin + side * cos
-    radius, angle, edge = x.hypot(y), torch.atan2(y, x), 1.5 * pixel / p["radius"]
-
-    flower, cover = torch.zeros_like(canvas), torch.zeros_like(radius)  # colour times opacity, opacity
+    near = x.hypot(y) < 1.1  # only these pixels need a closer look: from here on a list of M pixels, b saying whose
+    b, x, y = near.nonzero()[:, 0], x[near], y[near]
+    edge, angle, paint = 3 / size / p["radius"], torch.atan2(y, x), x.new_zeros(len(x), 4)
     sector = 2 * torch.pi / p["petals"]
+    foot = _rgb(*p["throat"].T[:3])
+    inner, outer = (_rgb(p["hue"] + shift, (p["saturation"] * s).clamp(max=1), p["value"]) for shift, s in ((-0.015, 1.15), (0.015, 0.85)))
+
     for layer in (1, 0):  # the ring behind, half a petal further round, then the ring in front
+        reach = p["layer"] if layer else torch.ones_like(p["layer"])
+        m = (reach[b] > 0).nonzero()[:, 0]
+        i = b[m]
         turn = p["rotation"] + layer * sector / 2 - torch.pi / 2
-        nearest = ((angle - turn) / sector).round()
+        axes = turn[:, None] + (torch.arange(16) + 0.07 * p["petal"][:, layer]) * sector[:, None]
+        nearest = ((angle[m] - turn[i]) / sector[i]).round().long()
+        width, base, tip = p["width"][i], p["base"][i], p["tip"][i]
+        peak = base / (base + tip)
+        scale = 1 / (peak**base * (1 - peak) ** tip)
         for neighbour in (-1, 0, 1):  # each petal lies over the one before it, all round the flower
-            index = nearest + neighbour
-            jitter = parts["petal"][:, layer].gather(1, (index % p["petals"]).long().flatten(1)).view_as(index)
-            axis = turn + (index + 0.07 * jitter) * sector
-            length = (p["layer"] if layer else 1) * (1 + 0.05 * jitter)
-            u, v = (x * axis.cos() + y * axis.sin()) / length, (y * axis.cos() - x * axis.sin()) / length
-            across = v / p["width"]
-            t = (u + p["notch"] * (1 - across.abs()).clamp(min=0) ** 1.5).clamp(1e-6, 1 - 1e-6)
-            peak = p["base"] / (p["base"] + p["tip"])
-            shape = (t / peak) ** p["base"] * ((1 - t) / (1 - peak)) ** p["tip"]
-            inside = (shape - across.abs()) * p["width"]  # > 0 on the petal, about the distance to its edge
-            there = (u > 0) * (p["layer"] > 0 if layer else 1)
-            alpha, shadow = _smooth(-1, 1, inside / edge) * there, _smooth(-0.14, 0.05, inside) * there
+            index = (nearest + neighbour) % p["petals"][i].long()
+            jitter, axis = p["petal"][i, layer, index], axes[i, index]
+            length = reach[i] * (1 + 0.05 * jitter)
+            c, s = axis.cos(), axis.sin()
+            u, v = (x[m] * c + y[m] * s) / length, (y[m] * c - x[m] * s) / length  # along the petal, across it
+            across = v / width
+            t = u + p["notch"][i] * (1 - across.abs()).clamp(min=0) ** 2
+            shape = scale * t.clamp(0, 1) ** base * (1 - t).clamp(0, 1) ** tip
+            inside = (shape - across.abs()) * width  # > 0 on the petal, about the distance to its edge
+            alpha = (_smooth(-1, 1, inside / edge[i]) * ((t > 0) & (t < 1)))[:, None]
+            shadow = (_smooth(-0.14, 0.05, inside) * (u > 0))[:, None]
 
             # Colour: from the throat outwards, veined; a petal curves, so one flank and the tip catch the light.
             across = (across / (shape + 0.1)).clamp(-1, 1)
-            light = 0.16 * across * (axis - 0.6).sin() + 0.10 * (u - 0.6) * (1 - (axis + 2.2).cos())
-            veins = 0.04 * (11 * across).cos() * _smooth(0.1, 0.5, u) + 0.10 * torch.exp(-((across / 0.12) ** 2)) * (1 - u)
-            value = p["value"] * (0.92 + light - veins + 0.03 * jitter - 0.13 * layer)
-            petal = _rgb(p["hue"] + 0.025 * (u - 0.5), p["saturation"] * (1.15 - 0.3 * u), value)
-            foot = _rgb(p["throat"][:, 0], p["throat"][:, 1], p["throat"][:, 2] * (0.9 + light))
-            petal = foot + (petal - foot) * _smooth(0.3, 1.0, u / p["throat"][:, 3] - 0.1 * (9 * across).cos())
-            flower = flower * (1 - 0.35 * shadow)
-            flower = flower + (petal - flower) * alpha
-            cover = cover + (1 - cover) * alpha
+            veins = 0.05 * (11 * across).cos() * u + 0.10 * torch.exp(-((across / 0.12) ** 2)) * (1 - u)
+            light = 0.93 + 0.16 * across * (s * 0.83 - c * 0.56) + 0.10 * (u - 0.6) * (1 + c * 0.59 + s * 0.81) - veins + 0.03 * jitter - 0.13 * layer
+            petal = inner[i] + (outer[i] - inner[i]) * u[:, None]
+            petal = foot[i] + (petal - foot[i]) * _smooth(0.3, 1.0, u / p["throat"][i, 3] - 0.1 * (9 * across).cos())[:, None]
+            petal = torch.cat([(petal * light[:, None]).clamp(0, 1), torch.ones_like(alpha)], 1)
+            under = paint[m] * (1 - shadow * torch.tensor([0.35, 0.35, 0.35, 0]).double())
+            paint[m] = under + (petal - under) * alpha
 
     # The heart: a dome of little florets set in two families of spirals, on a soft shadow.
-    hue, saturation, value, wide = p["disc"].unbind(1)
-    r = radius / wide
+    hue, saturation, value, wide = p["disc"][b].unbind(1)
+    r = x.hypot(y) / wide
     florets = ((13 * angle + 9 * r).cos() + (8 * angle - 9 * r).cos()) * _smooth(0.1, 0.6, r)
     dome = value * (0.86 + 0.09 * florets - 0.20 * r * (angle - 0.9).cos() - 0.18 * _smooth(0.65, 1.0, r))
-    flower = flower * (1 - 0.4 * (1 - _smooth(0.7, 1.6, r)))
-    alpha = 1 - _smooth(-1, 1, (r - 1) * wide / edge)
-    flower = flower + (_rgb(hue + 0.02 * (1 - r), saturation, dome) - flower) * alpha
-    cover = cover + (1 - cover) * alpha
-    canvas = (canvas * (1 - cover) + flower).clamp(0, 1)
-    return (avg_pool2d(canvas, 2) * 255).round().to(torch.uint8)
+    dome = torch.cat([_rgb(hue + 0.02 * (1 - r), saturation, dome), torch.ones_like(r)[:, None]], 1)
+    paint[:, :3] *= 1 - 0.4 * (1 - _smooth(0.7, 1.6, r))[:, None]
+    paint = paint + (dome - paint) * (1 - _smooth(-1, 1, (r - 1) * wide / edge[b]))[:, None]
+    flower = x.new_zeros(*near.shape, 4)
+    flower[near] = paint
+    return flower
+
+
+def _draw(size: int, p: dict[str, Tensor]) -> Tensor:
+    """Factors of B flowers -> uint8 (B, 3, size, size). The flower is drawn at twice the size and averaged: soft edges."""
+    flower = avg_pool2d(_flower(2 * size, p).permute(0, 3, 1, 2), 2)
+    canvas = _meadow(size, p).permute(0, 3, 1, 2) * (1 - flower[:, 3:]) + flower[:, :3]
+    return (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def load_data(profile, split: str = "train") -> FlowerImages:
@@ -268,7 +290,7 @@ def load_data(profile, split: str = "train") -> FlowerImages:
 SPECIES = {
     "daisy": ((9, 11), 0.80, 0.9, 0.00, (0.13, 0.05), 0.08, 1.00, 0.30, (0.98, 0.76, 0.12), 1.0),
     "poppy": ((4, 4), 1.35, 0.5, 0.00, (0.01, 0.03), 0.88, 0.92, 0.24, (0.16, 0.12, 0.14), 0.6),
-    "primrose": ((5, 5), 1.10, 0.5, 0.18, (0.61, 0.05), 0.62, 0.95, 0.19, (0.99, 0.85, 0.25), 0.0),
+    "forget-me-not": ((5, 5), 1.10, 0.5, 0.18, (0.61, 0.05), 0.62, 0.95, 0.19, (0.99, 0.85, 0.25), 0.0),
     "cosmos": ((7, 8), 1.00, 0.6, 0.07, (0.88, 0.04), 0.62, 0.96, 0.22, (0.97, 0.74, 0.15), 0.0),
     "sunflower": ((11, 13), 0.90, 1.5, 0.00, (0.125, 0.025), 0.92, 1.00, 0.46, (0.36, 0.20, 0.10), 1.0),
     "starflower": ((6, 6), 0.85, 1.5, 0.00, (0.75, 0.04), 0.60, 0.90, 0.17, (0.98, 0.95, 0.62), 0.7),

@@ -174,12 +174,12 @@ def filmstrip(rows: Sequence[Sequence[Tensor]], *, alt: str = "", **labels) -> P
 
 @styled
 def plot_lines(curves: Mapping, *, x_label="", y_label="", title="", log_x=False, log_y=False, markers=(),
-               vlines=(), hlines=(), size=(720, 320), alt: str = "") -> Picture:  # fmt: skip
+               vlines=(), hlines=(), x_ticks=(), size=(720, 320), alt: str = "") -> Picture:  # fmt: skip
     """Curves told apart by colour and by line style.
 
     `curves`: name -> y, or name -> (x, y) as a tuple; each a tensor, array or list of one axis. `markers`: True, or
     the names of the curves whose points are marked. `vlines`, `hlines`: positions of thin grey lines, or
-    {label: position}. Raises ValueError for more axes than one, and where x and y differ in length.
+    {label: position}. `x_ticks`: words for x = 0, 1, 2, ... Raises ValueError for more axes than one, and where x and y differ in length.
 
     >>> plot_lines({"linear": [1, 0.5, 0], "cosine": ([0, 2], [1, 0])}, x_label="t", y_label="signal")
     signal against t: linear, cosine
@@ -192,6 +192,8 @@ def plot_lines(curves: Mapping, *, x_label="", y_label="", title="", log_x=False
             raise ValueError(f"curve {name!r} has {len(x)} x and {len(y)} y: give as many of both")
         marker = "o" if markers is True or name in (markers or ()) else None
         axes.plot(x, y, color=color, linestyle=line, marker=marker, label=name)
+    if x_ticks:
+        axes.set_xticks(range(len(x_ticks)), x_ticks)
     if log_x:
         _log(axes, "x")
     if log_y:

@@ -122,27 +122,30 @@ class Step:
 
 
 def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *, steps: int, learning_rate: float,
-          label_dropout: float = 0.1, max_gradient_norm: float = 1.0, checkpoint: Path | None = None,
-          save_every: int = 500, seed: int = 0, autocast: bool | None = None) -> Iterator[Step]:  # fmt: skip
+          label_dropout: float = 0.1, max_gradient_norm: float = 1.0, losses: list[float] | None = None,
+          checkpoint: Path | None = None, save_every: int = 500, seed: int = 0,
+          autocast: bool | None = None) -> Iterator[Step]:  # fmt: skip
     """Algorithm 1 of Ho et al. 2020 as a generator: each `next` is one optimiser step, yielded as a `Step`.
 
     t is uniform over 0..T-1; the label of each picture is dropped with probability `label_dropout` (for
     classifier-free guidance); gradients are clipped to `max_gradient_norm`. With `checkpoint`, the whole state is
     written there every `save_every` steps, at the end and where the loop is left early; if the file is there at the
-    start, training goes on from it, bit for bit on the CPU. `autocast`: bfloat16 in the network, by default on CUDA only.
+    start, training goes on from it, bit for bit on the CPU. `losses`, a list, is filled with the loss of every step, those
+    before a resume included. `autocast`: bfloat16 in the network, by default on CUDA only.
 
     Raises ValueError for pictures outside [-1, 1] and for a checkpoint that is damaged or of another training,
     FloatingPointError for a loss that is not finite.
     """
     device = process.betas.device
     autocast = device.type == "cuda" if autocast is None else autocast
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
     generator = torch.Generator(device).manual_seed(seed)
-    run = _Run(model, process, batches, ema, optimizer, generator)
+    losses = [] if losses is None else losses
+    run = _Run(model, process, batches, ema, optimizer, generator, losses)
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
-    model.train()
     for index in range(batches.index + 1, steps + 1):
+        model.train()  # the caller may have looked at samples in eval mode since the last step
         x_start, y = next(batches)
         if not x_start.abs().max() <= 1.001:
             raise ValueError(f"pictures reach from {x_start.min():.3g} to {x_start.max():.3g}: they must lie in [-1, 1]; see data.to_float")
@@ -167,13 +170,13 @@ def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *
         optimizer.param_groups[0]["lr"] = learning_rate_at(index - 1, steps, learning_rate)
         optimizer.step()
         ema.update()
-        model.train()  # a preview between two steps may have left it in eval mode
+        losses.append(loss.item())
 
         due = checkpoint is not None and (index % save_every == 0 or index == steps)
         if due:
             run.save(checkpoint)
         try:
-            yield Step(index, loss.item(), optimizer.param_groups[0]["lr"], gradient_norm.item())
+            yield Step(index, losses[-1], optimizer.param_groups[0]["lr"], gradient_norm.item())
         except GeneratorExit:  # the caller left the loop
             if checkpoint is not None and not due:
                 run.save(checkpoint)
@@ -183,8 +186,8 @@ def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *
 class _Run:
     """Everything that a training needs to go on as if it had never stopped."""
 
-    def __init__(self, model, process, batches, ema, optimizer, generator):
-        self.model, self.process, self.batches = model, process, batches
+    def __init__(self, model, process, batches, ema, optimizer, generator, losses):
+        self.model, self.process, self.batches, self.losses = model, process, batches, losses
         self.ema, self.optimizer, self.generator = ema, optimizer, generator
         self.identity = {  # what must not change from one session to the next
             "network": model.config,
@@ -197,7 +200,7 @@ class _Run:
 
     def save(self, path: Path) -> None:
         save_atomically(path, {
-            "identity": self.identity, "step": self.batches.index,
+            "identity": self.identity, "step": self.batches.index, "losses": self.losses,
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.shadow, "ema_updates": self.ema.updates,
             "generator": self.generator.get_state(), "rng": torch.get_rng_state(),
@@ -218,6 +221,7 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(self.ema.shadow, [s.to(p.device) for s, p in zip(state["ema"], self.ema.parameters)])
+        self.losses[:] = state["losses"]
         self.ema.updates, self.batches.index = state["ema_updates"], state["step"]
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])

@@ -1,0 +1,336 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 05 Draw flowers out of noise
+#
+# **What you'll do**: run the process of stage 2 backwards with the network of stage 4, in a thousand steps, then in fifty, then in ten.
+#
+# **What you'll learn**: Algorithm 2 of Ho et al. (2020), why the network's guess is clamped and the last step adds no noise, what DDIM and
+# DPM-Solver++ do differently, and how to walk from one flower to another.
+#
+# **What you need**: notebooks 02 to 04. Under two minutes on two CPU cores; if 04 has not run on this machine, one or two more, because this
+# notebook then runs it first.
+
+# %%
+import subprocess
+import sys
+
+import torch
+from torch.testing import assert_close
+
+from noisout_nb.data import factor_distance, load_data, to_float
+from noisout_nb.display import filmstrip, image_grid, plot_histograms, plot_lines, progress
+from noisout_nb.forward_process import GaussianDiffusion, linear_beta_schedule
+from noisout_nb.profiles import get_device, get_profile
+from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample_image, slerp
+from noisout_nb.training import load_model
+
+torch.manual_seed(0)
+profile, device = get_profile(), get_device()
+
+# %%
+if not profile.weights.exists():  # the paired script of a notebook is a program
+    subprocess.run([sys.executable, "scripts/04_training.py"], check=True, stdout=subprocess.DEVNULL)
+model, process, classes = load_model(profile.weights, device)
+T, shape = process.timesteps, (3, profile.image_size, profile.image_size)
+print(f"a network of {sum(p.numel() for p in model.parameters()):,} parameters that knows {len(classes)} species")
+
+# %% [markdown]
+# ## One step back
+#
+# Somewhere in the chain, we hold a noisy $x_t$. If we knew the clean $x_0$, stage 2 would tell us exactly how $x_{t-1}$ is distributed: as the
+# posterior $q(x_{t-1} \mid x_t, x_0)$, a Gaussian. We don't, but the network has a guess. So: ask the network, turn its answer into $\hat x_0$, and take
+# the posterior as if the guess were true. That is all there is to $p_\theta(x_{t-1} \mid x_t)$.
+
+# %%
+held_out = load_data(profile, "val")
+x_0 = torch.stack([held_out[i][0] for i in range(6)]).to(device)
+y = torch.tensor([held_out[i][1] for i in range(6)], device=device)
+t = torch.tensor([100, 250, 400, 550, 700, 850], device=device)
+x_t = process.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(device))
+
+# %%
+with torch.no_grad():
+    x_start = process.predict_start(x_t, t, model(x_t, t, y)).clamp(-1, 1)
+    mean, variance = process.q_posterior_mean_variance(x_start, x_t, t)
+    for mine, helpers in zip((mean, variance, x_start), p_mean_variance(model, process, x_t, t, y)):
+        assert_close(mine, helpers)
+
+# %% [markdown]
+# The guess is good where there is little noise. The more noise, the vaguer it gets: from the same $x_t$ many flowers are possible, and the network
+# answers with their average.
+
+# %%
+filmstrip([x_0, x_t, x_start], row_labels=["$x_0$", "$x_t$", r"guessed $\hat x_0$"], column_labels=[f"t = {int(i)}" for i in t],
+          alt="Six flowers, their noisy versions at rising t, and the network's guesses: near perfect at t = 100, a blurred flower at t = 850")
+
+# %% [markdown]
+# ## Algorithm 2
+#
+# Repeat that from $t = T-1$ down to 0, adding fresh noise of the posterior's variance each time, but none at the last step: what
+# is drawn there is the picture itself, and noise on it would stay for good.
+
+# %%
+def my_ddpm(x, y, generator):
+    for i in reversed(range(T)):
+        t = torch.full((len(x),), i, device=device)
+        mean, variance, x_start = p_mean_variance(model, process, x, t, y)
+        noise = torch.randn(x.shape, generator=generator, device=device) if i > 0 else 0
+        x = mean + variance.sqrt() * noise
+    return x
+
+
+# %% [markdown]
+# A thousand steps with two pictures, by hand and by the helper, from the same noise and with the same random numbers:
+
+# %%
+x_T = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2)).to(device)
+species = torch.tensor([0, 3], device=device)
+with torch.no_grad():
+    mine = my_ddpm(x_T, species, torch.Generator(device).manual_seed(3))
+states = list(ddpm(model, process, x_T, species, generator=torch.Generator(device).manual_seed(3)))
+assert_close(mine, states[-1].x, atol=1e-3, rtol=0)
+print(f"{len(states)} states, from t = {states[0].t} to t = {states[-1].t}")
+
+# %% [markdown]
+# The helper is a generator: it yields every state, so the loop can be watched. Above what there is, below what the network believes at that moment. The
+# guess knows colour and place early, then petals; the picture itself comes out of the noise only near the end.
+
+# %%
+shown = [0, 200, 400, 600, 700, 800, 900, 950, 999]
+filmstrip([[states[i].x[1].cpu() for i in shown], [states[i].x_start[1].cpu() for i in shown]], row_labels=["$x_t$", r"$\hat x_0$"],
+          column_labels=[f"t = {states[i].t}" for i in shown], arrow="the reverse process",
+          alt="The reverse film: noise turns into a flower; below, the predicted flower goes from a blur to sharp petals")
+
+# %% [markdown]
+# ## Three traps
+#
+# **The last step.** The posterior's variance at $t=0$ is zero, so the last state is its own guess:
+
+# %%
+assert torch.equal(states[-1].x, p_mean_variance(model, process, states[-2].x, torch.zeros(2, dtype=torch.int64, device=device), species)[0])
+assert_close(states[-1].x, states[-1].x_start)
+
+# %% [markdown]
+# **The clamp.** A small error of the network is multiplied by $1/\sqrt{\bar\alpha_t}$ or so on its way to $\hat x_0$, which at large $t$ means far outside
+# $[-1, 1]$. A picture cannot be there, so $\hat x_0$ is clamped (never $x_t$, which has every right to be large).
+
+# %%
+assert all(state.x_start.abs().max() <= 1 for state in states)
+assert states[0].x.abs().max() > 2, "a noisy state must not be clamped"
+
+# %% [markdown]
+# **The start.** The first step must happen at $t = T-1$, whatever the number of steps: a network that is told "t = 980" and shown pure noise believes that
+# some of the noise is flower. And the last step must arrive at a clean picture.
+
+# %%
+for steps in (10, 13, 20, 50):
+    visited = [state.t for state in ddim(model, process, x_T, species, steps=steps)]
+    assert visited[0] == T - 1 and len(visited) == steps and visited == sorted(set(visited), reverse=True)
+    print(f"{steps} steps: {', '.join(map(str, visited[:3]))}, ..., {visited[-1]}, done")
+
+# %% [markdown]
+# ## Is the mathematics right? A case with a known answer
+#
+# Let the "pictures" be single numbers from a Gaussian with mean 0.3 and standard deviation 0.2. Then the best possible guess of $x_0$ is known in closed
+# form, and no training is needed:
+#
+# $$ \mathbb E[x_0 \mid x_t] = \mu + \frac{\sqrt{\bar\alpha_t}\,\sigma^2}{\bar\alpha_t\sigma^2 + 1 - \bar\alpha_t}\,(x_t - \sqrt{\bar\alpha_t}\,\mu) $$
+
+# %%
+class PerfectDenoiser(torch.nn.Module):
+    def __init__(self, process, mean=0.3, std=0.2):
+        super().__init__()
+        self.process, self.mean, self.std = process, mean, std
+
+    def forward(self, x, t, y=None):
+        alpha_bar = self.process.alphas_cumprod[t].view(-1, 1, 1, 1)
+        gain = alpha_bar.sqrt() * self.std**2 / (alpha_bar * self.std**2 + 1 - alpha_bar)
+        x_start = self.mean + gain * (x - alpha_bar.sqrt() * self.mean)
+        return self.process.predict_noise_from_start(x, t, x_start)
+
+
+# %% [markdown]
+# From pure noise, every sampler must arrive at that Gaussian. All three do, each in its own way:
+
+# %%
+toy = GaussianDiffusion(linear_beta_schedule(), prediction="eps")
+x_T = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(4))
+ends = {}
+for name, sampler in SAMPLERS.items():
+    *_, last = sampler(PerfectDenoiser(toy), toy, x_T, steps=200)
+    ends[name] = last.x
+    assert abs(last.x.mean() - 0.3) < 0.01 and abs(last.x.std() - 0.2) < 0.01, name
+
+# %%
+grid = torch.linspace(-0.6, 1.2, 200)
+density = torch.distributions.Normal(0.3, 0.2).log_prob(grid).exp()
+plot_histograms(ends, x_label="sample", curves={"the true density": (grid, density)},
+                alt="Histograms of the samples of DDPM, DDIM and DPM-Solver++ all follow the true Gaussian density")
+
+# %% [markdown]
+# And an oracle that knows the one true noise must bring back the very picture, along any path:
+
+# %%
+class Oracle(torch.nn.Module):
+    def forward(self, x, t, y=None):
+        answer = process.predict_noise_from_start(x, t, x_0)
+        return answer if process.prediction == "eps" else process.predict_v(x_0, t, answer)
+
+
+for sampler in SAMPLERS.values():
+    *_, last = sampler(Oracle(), process, torch.randn_like(x_0), steps=20)
+    assert_close(last.x, x_0, atol=1e-4, rtol=0)
+
+# %% [markdown]
+# ## DDIM: the same network, fewer steps, no dice
+#
+# Song et al. (2021) noticed that the training only ever uses $q(x_t \mid x_0)$. Any backward path with these marginals will do, also one without
+# fresh noise: from $x_t$, the guess $\hat x_0$ and the noise $\hat\epsilon$ that goes with it, mix the two again in the proportion of an earlier time:
+#
+# $$ x_{s} = \sqrt{\bar\alpha_{s}}\;\hat x_0 + \sqrt{1-\bar\alpha_{s}}\;\hat\epsilon $$
+
+# %%
+def my_ddim(x, y, steps):
+    times = [T * k // steps - 1 for k in range(steps, 0, -1)]
+    for now, then in zip(times, [*times[1:], -1]):
+        t = torch.full((len(x),), now, device=device)
+        x_start = process.predict_start(x, t, model(x, t, y)).clamp(-1, 1)
+        noise = process.predict_noise_from_start(x, t, x_start)
+        alpha_bar = process.alphas_cumprod[then] if then >= 0 else torch.ones((), device=device)
+        x = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
+    return x
+
+
+x_T = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2)).to(device)
+with torch.no_grad():
+    mine = my_ddim(x_T, species, 50)
+*_, last = ddim(model, process, x_T, species, steps=50)
+assert_close(mine, last.x, atol=1e-4, rtol=0)
+
+# %% [markdown]
+# Without dice, the same noise gives the same flower, always. With `eta=1` the dice are back, and DDIM *is* DDPM: the same variance, the same mean.
+
+# %%
+*_, again = ddim(model, process, x_T, species, steps=50)
+assert torch.equal(again.x, last.x)
+
+dice = lambda: torch.Generator(device).manual_seed(5)
+*_, a = ddim(model, process, x_T, species, steps=100, eta=1.0, generator=dice())
+*_, b = ddpm(model, process, x_T, species, steps=100, generator=dice())
+assert_close(a.x, b.x, atol=1e-3, rtol=0)
+
+# %% [markdown]
+# ## DPM-Solver++: look back to see ahead
+#
+# DDIM treats $\hat x_0$ as fixed during a step. But it moves, and from its last two values one can see where to: DPM-Solver++(2M) (Lu et al. 2022) extends
+# that line to the middle of the step. It is `ddim` with one more line; the network is called as often as before.
+#
+# Same noise, same network, 10, 20 and 50 steps:
+
+# %%
+x_T = torch.randn(8, *shape, generator=torch.Generator().manual_seed(6)).to(device)
+species = torch.arange(8, device=device) % len(classes)
+rows = {}
+for name, sampler in SAMPLERS.items():
+    for steps in (10, 20, 50):
+        dice = {"generator": torch.Generator(device).manual_seed(7)} if sampler is ddpm else {}
+        *_, state = sampler(model, process, x_T, species, steps=steps, **dice)
+        rows[f"{name}, {steps}"] = state.x.cpu()
+
+# %%
+filmstrip(list(rows.values()), row_labels=list(rows),
+          alt="Eight samples by DDPM, DDIM and DPM-Solver++ with 10, 20 and 50 steps: DDPM changes with every row, the other two draw the same flowers throughout")
+
+# %% [markdown]
+# DDPM with other dice draws other flowers. The two deterministic samplers agree on what the noise means, and get closer to one another with more steps. To see
+# who gets there first, we take 200 steps of DDIM as the truth and measure how far each is from it.
+
+# %%
+*_, truth = ddim(model, process, x_T, species, steps=200)
+counts = (5, 10, 20, 50)
+errors = {}
+for name, sampler in {"ddim": ddim, "dpm_solver": dpm_solver}.items():
+    ends = [list(sampler(model, process, x_T, species, steps=steps))[-1].x for steps in counts]
+    errors[name] = [float((x - truth.x).pow(2).mean().sqrt()) for x in ends]
+assert errors["dpm_solver"][2] < errors["ddim"][2], "at 20 steps the second order must pay"
+
+# %%
+plot_lines({name: (counts, error) for name, error in errors.items()}, x_label="steps", y_label="distance from 200 steps", markers=True, log_x=True, log_y=True,
+           alt="Distance from the 200-step result against steps: DPM-Solver++ falls faster than DDIM")
+
+# %% [markdown]
+# ## From one flower to another
+#
+# A deterministic sampler turns noise space into a map of flowers: nearby noises, similar flowers. To walk from one noise to another, a straight line will
+# not do: its middle is too quiet, with a standard deviation of $\sqrt{1/2}$, and the network has never seen such noise. Pure noise lies on a sphere, so
+# walk along the sphere: *spherical* interpolation.
+
+# %%
+a, b = torch.randn(2, *shape, generator=torch.Generator().manual_seed(11))
+print(f"the line's middle: {(0.5 * a + 0.5 * b).std():.1f}   the arc's middle: {slerp(a, b, torch.tensor([0.5])).std():.1f}")
+
+# %%
+weights = torch.linspace(0, 1, 9)
+path = slerp(a, b, weights).to(device)
+line = torch.stack([(1 - w) * a + w * b for w in weights]).to(device)
+walks = []
+for noises in (path, line):
+    *_, state = dpm_solver(model, process, noises, torch.full((9,), 3, device=device), steps=20)
+    walks.append(state.x.cpu())
+filmstrip(walks, row_labels=["arc", "straight line"], column_labels=[f"{w:.2f}" for w in weights],
+          alt="Nine steps from one flower to another: along the arc all are clear flowers; along the straight line the middle ones are flat and dull")
+
+# %% [markdown]
+# ## In one call
+#
+# `sample_image` is all that in one line, for who only wants pictures. One row a species:
+
+# %%
+labels = torch.arange(len(classes), device=device)[:6].repeat_interleave(8)
+pictures = sample_image(model, process, labels, shape=shape, sampler="dpm_solver", steps=20, seed=8)
+image_grid(pictures.cpu(), columns=8, row_labels=classes[:6], alt="Generated flowers, a row for each species")
+
+# %% [markdown]
+# ## Your turn
+#
+# 1. What does `ddim` give for `eta=0.5`: is the spread of the samples still right? Try it with `PerfectDenoiser` and 200 steps, and put the standard deviation in `spread`.
+# 2. Noise a real flower to $t = 500$ and let `ddim` bring it back: it takes only the part of the process below 500. What stays of the flower?
+
+# %% tags=["exercise"]
+spread = None  # your answer to 1
+
+# %% [markdown]
+# ## Solutions
+#
+# 1. Every eta has the right marginals, so the spread is right for every eta, given enough steps.
+
+# %% tags=["solution"]
+x_T = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(4))
+*_, last = ddim(PerfectDenoiser(toy), toy, x_T, steps=200, eta=0.5, generator=torch.Generator().manual_seed(9))
+spread = float(last.x.std())
+assert abs(spread - 0.2) < 0.01
+
+# %% [markdown]
+# 2. A process that is cut off at $t=500$ is a process of its own, with 501 times. What stays is what had not drowned in noise by then: place and colour;
+# details are invented anew.
+
+# %% tags=["solution"]
+half = GaussianDiffusion(process.betas[:501].double(), process.prediction).to(device)
+t = torch.full((6,), 500, device=device)
+noisy = process.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(10)).to(device))
+*_, back = ddim(model, half, noisy, y, steps=25)
+filmstrip([x_0, noisy, back.x], row_labels=["before", "t = 500", "after"], alt="Six flowers, noised to t = 500, and brought back: place, size and colour stay, petals are redrawn")
+
+# %% [markdown]
+# Next: [test](test.ipynb) has the whole path on one page.

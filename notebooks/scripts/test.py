@@ -1,0 +1,192 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The whole path on one page
+#
+# **What you'll do**: go from pictures of flowers to a network that draws flowers, in one go: data, forward process, network, training, reverse process.
+#
+# **What you'll learn**: how the parts that the series takes one by one fit together. Every section names the notebook that explains it.
+#
+# **What you need**: two CPU cores and two minutes for the embedded flowers. With `NOISOUT_PROFILE=flowers32` the same page trains on photographs, Oxford
+# Flowers102, which it downloads itself (345 MB); that takes an hour or two, may be killed at any time, and goes on where it was when it is started again.
+# The paired script does the same from a terminal: `NOISOUT_PROFILE=flowers32 python notebooks/scripts/test.py`.
+
+# %%
+import torch
+
+from noisout_nb.data import factor_distance, load_data, to_float
+from noisout_nb.display import Live, filmstrip, image_grid, plot_loss, progress, stack
+from noisout_nb.forward_process import SCHEDULES, GaussianDiffusion
+from noisout_nb.guidance import ClassifierFreeGuidance
+from noisout_nb.profiles import REPOSITORY, get_device, get_profile
+from noisout_nb.sampling import ddim, sample_image
+from noisout_nb.training import EMA, Batches, load_model, save_model, train
+from noisout_nb.unet import UNet
+
+torch.manual_seed(0)
+profile, device = get_profile(), get_device()
+shape = (3, profile.image_size, profile.image_size)
+
+# %% [markdown]
+# ## 1 Data ([01_data](01_data.ipynb))
+#
+# Pictures of one size, the short side resized and the centre cut out, with values in $[-1, 1]$, and the species as a label. One part is held out: the network
+# never sees it.
+
+# %%
+data, held_out = load_data(profile), load_data(profile, "val")
+print(f"{len(data):,} pictures of {len(data.classes)} species to learn from, {len(held_out):,} held out")
+
+# %% [markdown]
+# Mirrored at random, in shuffled batches:
+
+# %%
+batches = Batches(data, profile.batch_size, device=device)
+images, labels = next(batches)
+print(f"images {tuple(images.shape)} from -1 to 1, labels {tuple(labels.shape)}")
+
+# %%
+# photographs have no clear licence, so only drawn flowers are shown in stored outputs
+if profile.dataset == "procedural":
+    grid = image_grid(images[:16].cpu(), columns=8, alt="Sixteen embedded flowers, mirrored at random: what the network learns from")
+else:
+    grid = f"pictures of {', '.join(data.classes[:4])}, ..."
+grid
+
+# %% [markdown]
+# ## 2 Forward process ([02_forward_process](02_forward_process.ipynb))
+#
+# Gaussian noise, added step by step, turns every picture into pure noise. With $\bar\alpha_t$ falling from 1 to 0, the picture after $t$ steps is
+# $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$: one jump instead of $t$ steps.
+
+# %%
+process = GaussianDiffusion(SCHEDULES[profile.schedule](profile.timesteps), profile.prediction).to(device)
+t = torch.linspace(0, process.timesteps - 1, 9, device=device).long()
+x_0 = to_float(held_out.images[:1]).to(device).expand(9, *shape)
+x_t = process.q_sample(x_0, t, torch.randn(1, *shape, device=device).expand(9, *shape))
+
+# %%
+if profile.dataset == "procedural":
+    film = filmstrip([x_t.cpu()], column_labels=[f"t = {int(i)}" for i in t], arrow="the forward process", alt="A flower dissolving in nine steps from t = 0 to pure noise")
+else:
+    film = f"what is left of the picture at the end: {float(process.alphas_cumprod[-1].sqrt()):.5f} of its contrast"
+film
+
+# %% [markdown]
+# ## 3 Network ([03_unet](03_unet.ipynb))
+#
+# A UNet sees $x_t$, $t$ (as sinusoidal position embeddings) and the species, and is asked for what was mixed into the picture. It starts by answering zero.
+
+# %%
+model = UNet(**profile.network, num_classes=len(data.classes)).to(device, memory_format=torch.channels_last)
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+assert torch.equal(model(images, torch.zeros_like(labels), labels), torch.zeros_like(images))
+
+# %% [markdown]
+# ## 4 Training ([04_training](04_training.ipynb))
+#
+# Pick a picture, a time and a noise; ask the network; take a step on the squared error. Beside it runs an average of the weights, which draws better
+# pictures than the last step's. The whole state is saved now and then, so that nothing is lost if the machine is switched off.
+
+# %%
+ema = EMA(model, profile.ema_decay)
+batches = Batches(data, profile.batch_size, device=device)
+species = torch.arange(8, device=device) * (len(data.classes) // 8 or 1) % len(data.classes)
+losses, previews = [], {}
+
+
+def dashboard():
+    latest = previews[max(previews)] if previews else torch.zeros(8, *shape)
+    return stack(plot_loss(losses), image_grid(latest))
+
+
+# %%
+checkpoint = profile.runs / "checkpoint.pth"
+steps = train(model, process, batches, ema, steps=profile.train_steps, learning_rate=profile.learning_rate,
+              label_dropout=profile.label_dropout, losses=losses, checkpoint=checkpoint)
+with Live("The loss falls, first fast and then slowly; below it the latest samples") as live:
+    for step in progress(steps, total=profile.train_steps, description="training"):
+        if step.index % (profile.train_steps // 5) == 0:
+            with ema.applied():
+                previews[step.index] = sample_image(model, process, species, shape=shape, seed=1).cpu()
+        live.update(dashboard)
+
+# %%
+assert len(losses) == profile.train_steps and sum(losses[-50:]) < 0.5 * sum(losses[:50])
+
+# %% [markdown]
+# What stays are the averaged weights: a plain `state_dict`, with a small text beside it that says which network it belongs to.
+
+# %%
+with ema.applied():
+    save_model(model, profile.weights, profile, data.classes)
+checkpoint.unlink(missing_ok=True)
+model, process, classes = load_model(profile.weights, device)
+
+# %% [markdown]
+# ## 5 Reverse process ([05_sampling](05_sampling.ipynb))
+#
+# Start from pure noise, ask the network what the clean picture may be, go a little way towards it, ask again. *Guidance* weighs the species
+# more heavily than the network does by itself (scale 1 is none).
+
+# %%
+guided = ClassifierFreeGuidance(model, profile.guidance_scale)
+x_T = torch.randn(len(species), *shape, generator=torch.Generator().manual_seed(2)).to(device)
+states = list(ddim(guided, process, x_T, species, steps=profile.sample_steps))
+
+# %%
+flower, shown = 3, [round(i * (len(states) - 1) / 8) for i in range(9)]
+demo = filmstrip([[states[i].x[flower].cpu() for i in shown], [states[i].x_start[flower].cpu() for i in shown]], row_labels=["$x_t$", r"$\hat x_0$"],
+                 column_labels=[f"t = {states[i].t}" for i in shown], arrow="the reverse process",
+                 alt="Noise turns into a flower in nine frames; below each, the clean flower that the network believes in at that moment")
+demo
+
+# %% [markdown]
+# `sample_image` does it in one call. Nobody has chosen these: they are the first ones from this seed.
+
+# %%
+rows, columns = 6, 8
+if len(classes) == 102:  # some species of which a photograph of 32 pixels still shows the shape
+    names = ["sunflower", "rose", "water lily", "osteospermum", "hibiscus", "passion flower"]
+else:
+    names = list(classes[:rows])
+labels = torch.tensor([classes.index(name) for name in names], device=device).repeat_interleave(columns)
+samples = sample_image(guided, process, labels, shape=shape, sampler="ddim", steps=profile.sample_steps, seed=3).cpu()
+results = image_grid(samples, columns=columns, row_labels=names, alt="Generated flowers, eight of each of six species: " + ", ".join(names))
+results
+
+# %% [markdown]
+# The two pictures go to the README if they show photographs' flowers, else to the profile's folder of runs.
+
+# %%
+folder = REPOSITORY if profile.dataset == "flowers102" else profile.runs
+for name, picture in {"demo.png": demo, "results.png": results}.items():
+    picture.save(folder / name)
+print("saved demo.png and results.png")
+
+# %% [markdown]
+# ## How good are they?
+#
+# 256 samples against 256 held-out pictures, in simple statistics: the flower's size and colour, and the background. 0 is perfect, 1 a shift by the data's own
+# spread. For scale: a second set of real pictures, and noise.
+
+# %%
+reference, second = to_float(held_out.images[:256]), to_float(held_out.images[256:512])
+labels = held_out.labels[256:512].to(device)
+samples = sample_image(model, process, labels, shape=shape, seed=4).cpu()
+noise = torch.randn(256, *shape, generator=torch.Generator().manual_seed(5))
+distance = {name: factor_distance(x, reference)["mean"] for name, x in [("real", second), ("samples", samples), ("noise", noise)]}
+assert distance["samples"] < 0.25 * distance["noise"]
+
+# %% [markdown]
+# From here: the numbered notebooks take each step apart, beginning with [01_data](01_data.ipynb).
