@@ -111,8 +111,8 @@ class GaussianDiffusion(nn.Module):
 
     def signal_to_noise_ratio(self, t: Tensor) -> Tensor:
         """alpha_bar_t / (1 - alpha_bar_t), float32 (B,)."""
-        alpha_bar = self.extract(self.alphas_cumprod, t, 1)
-        return alpha_bar / (1 - alpha_bar)
+        a, b = self.extract(self.sqrt_alphas_cumprod, t, 1), self.extract(self.sqrt_one_minus_alphas_cumprod, t, 1)
+        return (a / b) ** 2  # 1 - alpha_bar in float32 would be off by 5e-4 at t = 0
 
     # Three names for one thing: given x_t, each of x_0, eps and v determines the other two
 

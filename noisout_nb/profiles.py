@@ -63,14 +63,14 @@ PROFILES = {
             name="quick", dataset="procedural", image_size=32, train_images=2000,
             patch_size=2, channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0,
             schedule="cosine", timesteps=1000, prediction="v",
-            batch_size=32, train_steps=1200, learning_rate=2e-3, ema_decay=0.995, label_dropout=0.1,
+            batch_size=16, train_steps=1200, learning_rate=3e-3, ema_decay=0.99, label_dropout=0.1,
             guidance_scale=1.0, sample_steps=50,
         ),
         Profile(
             name="flowers32", dataset="flowers102", image_size=32, train_images=None,
-            patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.1,
+            patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.0,
             schedule="cosine", timesteps=1000, prediction="v",
-            batch_size=32, train_steps=7_000, learning_rate=6e-4, ema_decay=0.999, label_dropout=0.1,
+            batch_size=32, train_steps=5_500, learning_rate=1e-3, ema_decay=0.998, label_dropout=0.1,
             guidance_scale=2.0, sample_steps=50,
         ),
         Profile(

@@ -28,8 +28,11 @@ class SinusoidalPositionEmbeddings(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with the largest number of groups up to 32 that divides the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """GroupNorm with up to 32 groups of at least four channels, as far as these divide evenly.
+
+    A group of one channel would lose that channel's mean, and with it how bright a picture is.
+    """
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 4), 32), channels)
 
 
 def zero_init(module: nn.Module) -> nn.Module:
