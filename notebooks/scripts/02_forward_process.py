@@ -68,6 +68,7 @@ betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 generator = torch.Generator().manual_seed(0)
 
 
+# %%
 def step(x, t):
     noise = torch.randn(x.shape, generator=generator)
     return (1 - betas[t]).sqrt() * x + betas[t].sqrt() * noise
@@ -100,10 +101,6 @@ assert abs(variance["without it"][-1] - (1 + betas.sum())) < 1
 print(f"without the shrinking the variance ends at 1 + the sum of the betas = {1 + betas.sum():.2f}")
 
 # %% [markdown]
-# Flowers have less variance than 1 (they live in [-1, 1]), so theirs moves towards 1. Whatever the start, the end is
-# the same: mean 0 and variance 1.
-
-# %% [markdown]
 # ## The film
 #
 # Now the flower goes through the same thousand steps, one after the other, and we keep a few of the frames.
@@ -119,6 +116,14 @@ for t in range(T):
 # %%
 filmstrip([frames], column_labels=["$x_0$", *(f"t = {t}" for t in shown)], arrow="the forward process",
           alt="A flower dissolving in noise: clear until t = 49, grainy at 99, faint at 299, nothing but noise at 999")
+
+# %% [markdown]
+# Flowers have less variance than 1 (they live in [-1, 1]), so theirs moves towards 1. Whatever the start, the end is the
+# same: mean 0 and variance 1.
+
+# %%
+assert flower.var() < 0.9
+assert abs(frames[-1].mean()) < 0.15 and abs(frames[-1].var() - 1) < 0.15
 
 # %% [markdown]
 # Look at neighbouring frames: the details go first, the large shapes and the colours last. A network that walks back
@@ -142,6 +147,7 @@ filmstrip([frames], column_labels=["$x_0$", *(f"t = {t}" for t in shown)], arrow
 alpha_bar = torch.cumprod(1 - betas, 0)
 
 
+# %%
 def my_q_sample(x_0, t, noise):
     a = alpha_bar[t].view(-1, 1, 1, 1)
     return (a.sqrt() * x_0 + (1 - a).sqrt() * noise).float()
@@ -181,6 +187,7 @@ def density(at, mean, variance):
     return torch.exp(-((at - mean) ** 2) / (2 * variance)) / (2 * torch.pi * variance).sqrt()
 
 
+# %%
 axis = torch.linspace(-4, 4, 400)
 promised = [density(axis, 0.8 * alpha_bar[i].sqrt(), 1 - alpha_bar[i]) for i in stops]
 plot_histograms({f"walk, t = {i}": walked[i] for i in stops}, x_label="the pixel's value", bins=160,
@@ -217,6 +224,7 @@ def my_cosine_schedule(T, s=0.008):
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
+# %%
 assert_close(my_cosine_schedule(T), cosine_beta_schedule(T))
 assert (my_cosine_schedule(T) == 0.999).sum() == 1  # the clamp touches the last step alone
 assert_close(betas, linear_beta_schedule(T))
@@ -273,6 +281,7 @@ def float32_errors(betas):
     return ((coarse - exact) / exact).abs().max(), ((exact - coarse) / (1 - exact)).abs().max()
 
 
+# %%
 for name, b in (("linear", betas), ("cosine", cosine_beta_schedule(T))):
     signal_error, noise_error = float32_errors(b)
     print(f"{name}: 1 - alpha_bar suffers more than alpha_bar: {bool(noise_error > 10 * signal_error)}")
@@ -339,6 +348,8 @@ assert_close(respaced.alphas_cumprod, process.alphas_cumprod[respaced.timestep_m
 cos = process.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
 sin = process.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1)
 x_t, v = cos * x_0 + sin * noise, cos * noise - sin * x_0
+
+# %%
 assert_close(cos**2 + sin**2, torch.ones_like(cos))
 assert_close(process.predict_v(x_0, t, noise), v)
 assert_close(process.predict_start_from_v(x_t, t, v), x_0, rtol=0, atol=1e-5)
@@ -362,6 +373,7 @@ def error_in_x_0(convert, answer):
     return (convert(x_t, t, answer + 1) - convert(x_t, t, answer)).abs().mean((1, 2, 3))
 
 
+# %%
 from_eps = error_in_x_0(process.predict_start_from_noise, noise)
 from_v = error_in_x_0(process.predict_start_from_v, v)
 assert_close(from_eps, process.signal_to_noise_ratio(t).rsqrt(), rtol=1e-2, atol=0)
@@ -462,6 +474,7 @@ def eq_11(x_t, t, eps, root):
     return (x_t - beta / sigma * eps) / root[t].view(-1, 1, 1, 1)
 
 
+# %%
 guess = process.predict_start_from_noise(x_t, t, noise)
 mean, _ = process.q_posterior_mean_variance(guess, x_t, t)
 assert_close(eq_11(x_t, t, noise, process.alphas.sqrt()), mean, rtol=1e-3, atol=1e-4)
@@ -481,21 +494,24 @@ assert 155 < factor[t == 999] < 157
 # ## A rehearsal
 #
 # We can already run the whole process backwards, without any network, if we pretend that flowers are normally
-# distributed: some mean picture, and some variance along each of their principal components. For such data the best
-# possible guess of $x_0$ is known. Along a component of variance $\lambda$ it is the mean plus
-# $\frac{\sqrt{\bar\alpha_t}\,\lambda}{\bar\alpha_t\lambda + 1 - \bar\alpha_t}$ times the deviation of $x_t$ from its
-# own mean: Bayes once more.
+# distributed: a mean picture, and some variance along each of their first hundred principal components.
 
 # %%
 centre = flowers.mean(0)
-_, singular, components = torch.linalg.svd((flowers - centre).flatten(1), full_matrices=False)
+_, singular, components = torch.pca_lowrank(flowers.flatten(1), q=100)
 variances = singular**2 / (len(flowers) - 1)
 
 
+# %% [markdown]
+# For such data the best possible guess of $x_0$ is known, by Bayes once more: along a component of variance $\lambda$ it is
+# the mean plus $\frac{\sqrt{\bar\alpha_t}\,\lambda}{\bar\alpha_t\lambda + 1 - \bar\alpha_t}$
+# times the deviation of $x_t$ from its own mean.
+
+# %%
 def best_guess(x_t, a):
-    deviation = (x_t - a.sqrt() * centre).flatten(1) @ components.T
+    deviation = (x_t - a.sqrt() * centre).flatten(1) @ components
     gain = a.sqrt() * variances / (a * variances + 1 - a)
-    return centre + (deviation * gain @ components).view_as(x_t)
+    return centre + (deviation * gain @ components.T).view_as(x_t)
 
 
 # %%
@@ -507,8 +523,9 @@ def walk_back(process, x):
     return x
 
 
+# %%
 start = torch.randn(32, *flower.shape[1:], generator=generator)
-walks = {"1000 steps": process.respace(200), "10 of the 1000": respaced, "10 small steps": ten}
+walks = {"1000 steps": process.respace(100), "10 of the 1000": respaced, "10 small steps": ten}
 dreams = {name: walk_back(p, start) for name, p in walks.items()}
 
 # %%
@@ -517,7 +534,7 @@ filmstrip([x[:6] for x in dreams.values()], row_labels=dreams,
           "them; grey speckled discs from the 10 small steps")
 
 # %% [markdown]
-# The first row (for speed it visits 200 of the 1000 times) is as good as "normally distributed flowers" can be: ghosts,
+# The first row (for speed it visits 100 of the 1000 times) is as good as "normally distributed flowers" can be: ghosts,
 # but with a flower's place, colours and background. A network will do better, since it need not pretend. The second row
 # takes only ten steps, but ten that reach noise: softer, still flowers.
 #

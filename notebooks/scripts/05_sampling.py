@@ -31,7 +31,7 @@ from torch.testing import assert_close
 from noisout_nb.data import factor_distance, load_data, to_float
 from noisout_nb.display import filmstrip, image_grid, plot_histograms, plot_lines, progress
 from noisout_nb.forward_process import GaussianDiffusion, linear_beta_schedule
-from noisout_nb.profiles import get_device, get_profile
+from noisout_nb.profiles import REPOSITORY, get_device, get_profile
 from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample_image, slerp
 from noisout_nb.training import load_model
 
@@ -40,7 +40,7 @@ profile, device = get_profile(), get_device()
 
 # %%
 if not profile.weights.exists():  # the paired script of a notebook is a program
-    subprocess.run([sys.executable, "scripts/04_training.py"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, REPOSITORY / "notebooks" / "scripts" / "04_training.py"], check=True, stdout=subprocess.DEVNULL)
 model, process, classes = load_model(profile.weights, device)
 T, shape = process.timesteps, (3, profile.image_size, profile.image_size)
 print(f"a network of {sum(p.numel() for p in model.parameters()):,} parameters that knows {len(classes)} species")
