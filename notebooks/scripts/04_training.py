@@ -72,6 +72,7 @@ filmstrip([x_0, x_t, v / v.abs().amax((1, 2, 3), keepdim=True)], row_labels=["$x
           column_labels=[f"t = {int(i)}" for i in t],
           alt="Four flowers, their noisy versions at t = 100, 300, 600 and 900, and v, which turns from noise into the negative flower")
 
+
 # %% [markdown]
 # The loss is the mean squared distance between answer and target: $L_\text{simple}$, eq. 14 of the paper. Four lines:
 
@@ -138,6 +139,7 @@ assert torch.equal(next(again)[0], images)
 one_epoch = Batches(data, profile.batch_size, flip=False)
 seen = torch.cat([next(one_epoch)[0] for _ in range(one_epoch.per_epoch)])
 assert len(seen.flatten(1).unique(dim=0)) == len(seen), "no picture twice in an epoch"
+
 
 # %% [markdown]
 # ## Algorithm 1

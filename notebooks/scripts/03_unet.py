@@ -1,0 +1,387 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 03 Build the network
+#
+# **What you'll do**: build the UNet piece by piece, and prove each piece equal to the one in `noisout_nb/unet.py`.
+#
+# **What you'll learn**: how a network can know what time it is, what holds a deep stack of blocks together, how distant parts of a picture talk to
+# each other, and where parameters and computing time go.
+#
+# **What you need**: notebook 02 and some PyTorch (convolutions, modules). Half a minute on two CPU cores.
+
+# %%
+import math
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from noisout_nb.data import load_data
+from noisout_nb.display import Picture, image_grid, plot_heatmap, plot_lines
+from noisout_nb.profiles import get_profile
+from noisout_nb.unet import (
+    AttentionBlock, Block, Downsample, ResBlock, SinusoidalPositionEmbeddings, UNet, Upsample, group_norm,
+)  # fmt: skip
+
+torch.manual_seed(0)
+profile = get_profile()
+
+
+# %% [markdown]
+# ## The job
+#
+# Sampling asks the same question a thousand times: *here is a noisy picture $x_t$ and the time $t$; what is the noise in it?* The answer has
+# the shape of the picture. So the network maps (3, H, W) to (3, H, W), and must do two things at once: see the whole (is this a flower, where is its
+# middle?) and keep every pixel in its place. A **UNet** does: it halves the picture again and again to see the whole, doubles it back, and carries the details across by
+# *skip connections*.
+
+# %% [markdown]
+# ## What time is it?
+#
+# A thousand integers $t$ must become something that a network can use. One number would hardly do: the difference between $t=3$ and $t=4$ would be a thousandth of the
+# input's range. The answer is older than diffusion (Vaswani et al. 2017): a row of clocks. Each turns at its own speed, the first by one radian a step, the last by a ten-thousandth; a
+# sine and a cosine read each of them.
+
+# %%
+def my_embeddings(t, dim):
+    frequencies = 10_000 ** -(torch.arange(dim // 2) / (dim // 2 - 1))
+    angles = t[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+t = torch.arange(1000)
+embeddings = SinusoidalPositionEmbeddings(64)(t)
+assert_close(my_embeddings(t, 64), embeddings, atol=1e-3, rtol=0)
+
+# %% [markdown]
+# Implementations differ in the order of sines and cosines and in the frequencies, and then trained weights are not interchangeable. So we pin it to values that
+# anyone can compute: all sines of $t=0$ are 0 and all cosines 1; at $t=1$ the first clock reads $\sin 1$, the last one $\cos 0.0001$.
+
+# %%
+assert_close(embeddings[0], torch.cat([torch.zeros(32), torch.ones(32)]))
+assert_close(embeddings[1, [0, 63]], torch.tensor([math.sin(1), math.cos(1e-4)]))
+
+# %%
+plot_heatmap(embeddings[:200].T, x_label="t", y_label="channel", alt="Embeddings of t = 0 to 199: stripes that are fast in the first channels and ever slower further on, sines above cosines")
+
+# %% [markdown]
+# Two times that are close have similar embeddings, two that are far do not. That is what the network will need: it behaves alike at $t = 500$ and $t = 501$.
+
+# %%
+similarity = F.cosine_similarity(embeddings[500:501], embeddings)
+plot_lines({"similarity": similarity}, x_label="t", y_label="cosine similarity with t = 500", vlines={"500": 500},
+           alt="Cosine similarity with the embedding of t = 500: a sharp peak of 1 at 500, falling off to both sides")
+
+# %% [markdown]
+# A trap: the clocks are made for integers up to a thousand. Fed with $t/T$ in $[0, 1]$, most of them hardly move:
+
+# %%
+squeezed = SinusoidalPositionEmbeddings(64)(t / 1000)
+moving = (squeezed.amax(0) - squeezed.amin(0) > 0.1).sum(), (embeddings.amax(0) - embeddings.amin(0) > 0.1).sum()
+print(f"channels that move by more than 0.1: {moving[0]} of 64 for t in 0..1, {moving[1]} of 64 for t in 0..999")
+assert moving[0] < moving[1] / 2
+
+# %% [markdown]
+# ## A block that cannot do harm
+#
+# Most of the network is one kind of block: normalise, bend (SiLU), convolve, twice, and *add* the result to the input. Its second convolution starts with all weights
+# zero. So every block begins as "change nothing", and a deep stack of them trains from the first step on.
+
+# %%
+block = ResBlock(32, 32, emb_channels=128)
+x, emb = torch.randn(2, 32, 8, 8), torch.randn(2, 128)
+assert torch.equal(block(x, emb), x)
+
+
+# %% [markdown]
+# The time enters in the middle: from the embedding, a linear layer makes a *scale* and a *shift* for each channel. Dhariwal & Nichol (2021, sec. 3) call this adaptive group
+# normalisation, and found it better than adding the embedding, as Ho et al. had done. To see it work, the zeros must go.
+
+# %%
+def my_block(block, x, emb):
+    h = block.conv1(F.silu(block.norm1(x)))
+    scale, shift = block.emb_proj(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+    h = block.norm2(h) * (1 + scale) + shift
+    return x + block.conv2(F.silu(h))
+
+
+torch.nn.init.normal_(block.conv2.weight, std=0.05)
+assert_close(my_block(block, x, emb), block(x, emb))
+assert not torch.allclose(block(x, emb), block(x, -emb)), "another time, another answer"
+
+# %% [markdown]
+# *Group* normalisation does not look at the other pictures of the batch, as BatchNorm would: a sampled picture must not depend on its neighbours. The number of groups has to divide the
+# channels, also where these are few, and a group should hold more than one channel, or it would wipe out how bright the picture is.
+
+# %%
+for channels in (4, 12, 32, 64, 128, 192):
+    norm = group_norm(channels)
+    print(f"{channels:3} channels: {norm.num_groups:2} groups of {channels // norm.num_groups}")
+alone, among_others = norm(x := torch.randn(1, 192, 4, 4)), norm(torch.cat([x, 5 * torch.randn(3, 192, 4, 4)]))[:1]
+assert_close(alone, among_others)
+
+
+# %% [markdown]
+# ## Distant petals talk to each other
+#
+# A convolution sees three pixels. That the left petal has the colour of the right one takes *attention*: each position asks a question (query), each offers a
+# key and a value, and everyone receives a mixture of all values, weighed by how well key and query agree. Several heads do so side by side.
+
+# %%
+def my_attention(block, x):
+    b, c, height, width = x.shape
+    q, k, v = block.qkv(block.norm(x)).flatten(2).reshape(b, 3, block.heads, c // block.heads, -1).unbind(1)
+    weights = torch.softmax(q.transpose(2, 3) @ k / math.sqrt(c // block.heads), dim=-1)  # (b, heads, from, to)
+    mixture = (v @ weights.transpose(2, 3)).reshape(b, c, height, width)
+    return x + block.proj(mixture)
+
+
+attention, x = AttentionBlock(64, head_channels=32), torch.randn(2, 64, 8, 8)
+torch.nn.init.normal_(attention.proj.weight, std=0.05)
+assert_close(my_attention(attention, x), attention(x), atol=1e-5, rtol=1e-4)
+
+# %% [markdown]
+# Attention knows nothing of places: shuffle the positions, and the answer is shuffled alike. What it does know of them comes from the convolutions around it.
+
+# %%
+order = torch.randperm(64)
+shuffled = x.flatten(2)[:, :, order].view_as(x)
+assert_close(attention(shuffled).flatten(2), attention(x).flatten(2)[:, :, order], atol=1e-5, rtol=1e-4)
+
+
+# %% [markdown]
+# Each of the $n = h \cdot w$ positions looks at all others, so the cost grows with $n^2$: twice the side, sixteen times the work. That is why attention sits at the
+# small levels only.
+
+# %%
+def flops(function, *inputs):
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
+
+
+def mixing(side):
+    q = torch.randn(1, 2, side * side, 32)
+    return flops(lambda: torch.softmax(q @ q.transpose(2, 3), -1) @ q)
+
+
+assert mixing(32) == 16 * mixing(16)
+
+# %% [markdown]
+# ## Down and up
+#
+# Half the size by a convolution of stride 2; double by repeating each pixel and smoothing with a convolution. (A transposed convolution would do it in one, but where its
+# patches overlap unevenly it leaves a chessboard.)
+
+# %%
+x = torch.randn(1, 32, 16, 16)
+print("down:", tuple(Downsample(32)(x).shape), "  up:", tuple(Upsample(32)(x).shape))
+
+# %% [markdown]
+# One more way to make a picture smaller, without losing anything: *fold* each square of 2 x 2 pixels into the channels. The network then works at half the side, which makes the
+# expensive first level four times cheaper; at the exit the picture is unfolded. The profile `flowers32` does that.
+
+# %%
+flower = load_data(profile, "val")[3][0][None]
+folded = F.pixel_unshuffle(flower, 2)
+print(tuple(flower.shape), "->", tuple(folded.shape))
+assert torch.equal(F.pixel_shuffle(folded, 2), flower)
+
+# %%
+quarters = folded[0].view(3, 4, *folded.shape[2:]).transpose(0, 1)
+image_grid([F.interpolate(q[None], scale_factor=2)[0] for q in quarters], columns=4, titles=["pixel 0, 0", "pixel 0, 1", "pixel 1, 0", "pixel 1, 1"],
+           alt="A flower's four folded pictures: the same flower four times at half the resolution, each shifted by one pixel")
+
+# %% [markdown]
+# ## The whole
+#
+# The pieces, put together. The profile says how wide and how deep:
+
+# %%
+model = UNet(**profile.network, num_classes=6)
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+# %% [markdown]
+# We let a picture run through and note what each block turns out: the number of channels and the side.
+
+# %%
+trace = []
+for name, module in model.named_modules():
+    if isinstance(module, (Block, Downsample, Upsample)) or name.startswith(("conv_", "middle")) and "." not in name:
+        module.register_forward_hook(lambda m, i, out, name=name: trace.append((name, type(m).__name__, out.shape[1], out.shape[2])))
+size = profile.image_size
+answer = model(torch.randn(1, 3, size, size), torch.tensor([500]))
+for name, kind, channels, side in trace:
+    print(f"{name:16} {kind:14} {channels:4} x {side} x {side}")
+assert answer.shape == (1, 3, size, size)
+
+
+# %% [markdown]
+# The same as a drawing: down on the left, up on the right, and across the skip connections, which hand the details over. Each level is half as large as the one above.
+
+# %%
+def draw_unet(trace):
+    figure = Figure(figsize=(7.6, 3.4))
+    axes = figure.add_axes([0.02, 0.02, 0.96, 0.96])
+    sides = sorted({side for *_, side in trace}, reverse=True)
+    colors = {"Block": "#56B4E9", "ResBlock": "#56B4E9", "AttentionBlock": "#CC79A7", "Conv2d": "#999999", "Downsample": "#E69F00", "Upsample": "#009E73"}
+    for column, (name, kind, channels, side) in enumerate(trace):
+        y = -sides.index(side) * 1.25
+        axes.bar(column, 0.8, 0.72, y - 0.4, color=colors[kind], edgecolor="#333333", linewidth=0.6)
+        axes.text(column, y, channels, ha="center", va="center", fontsize=8)
+    for level, side in enumerate(sides):
+        here = [(column, name) for column, (name, _, _, at) in enumerate(trace) if at == side]
+        last_down = max(column for column, name in here if name.startswith(("conv_in", "down")))
+        first_up = min(column for column, name in here if name.startswith(("middle", "up")))
+        if first_up > last_down + 1:
+            axes.annotate("", (first_up - 0.4, -level * 1.25), (last_down + 0.4, -level * 1.25), arrowprops={"arrowstyle": "->", "linestyle": "--"})
+        axes.text(-0.9, -level * 1.25, f"{side} x {side}", ha="right", va="center", fontsize=9)
+    for color, label in (("#56B4E9", "residual block"), ("#CC79A7", "attention"), ("#E69F00", "down"), ("#009E73", "up"), ("#999999", "convolution")):
+        axes.bar(0, 0, color=color, label=label)
+    axes.legend(loc="lower right", frameon=False, fontsize=8, ncols=2)
+    axes.set(xlim=(-3, len(trace)), ylim=(-1.25 * len(sides) - 0.2, 0.7))
+    axes.axis("off")
+    return figure
+
+
+# %%
+Picture.from_figure(draw_unet(trace), "The UNet as a U: residual blocks go down on the left to smaller sides with more channels, through the bottom, and up on the right, with skip connections across")
+
+
+# %% [markdown]
+# Where does the work go? Count by level: parameters live at the bottom, where there are many channels; the computing happens at the top, where there are many pixels.
+
+# %%
+def by_level(model):
+    levels = {}
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, size, size), torch.tensor([0]))
+    counts = {name.split(".", 1)[1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items() if "." in name}
+    for name, kind, _, side in trace:
+        parameters, work = levels.get(side, (0, 0))
+        module = model.get_submodule(name)
+        levels[side] = parameters + sum(p.numel() for p in module.parameters()), work + counts[name]
+    return levels
+
+
+levels = by_level(model)
+for side, (parameters, work) in levels.items():
+    print(f"{side:2} x {side:2}: {parameters:9,} parameters, {work / 1e6:6.1f} million FLOPs for a picture")
+
+# %% [markdown]
+# And folding? The same network, once on pixels and once on 2 x 2 patches:
+
+# %%
+plain, folding = (UNet(**profile.network | {"patch_size": p}, num_classes=6) for p in (1, 2))
+work = [flops(m, torch.randn(1, 3, size, size), torch.tensor([0])) for m in (plain, folding)]
+print(f"folding 2 x 2 pixels makes it {work[0] / work[1]:.1f} times cheaper")
+assert 3.5 < work[0] / work[1] <= 4.1
+
+# %% [markdown]
+# ## What must hold
+#
+# **It starts by answering zero**, since its last convolution is all zeros. Stage 4 uses that to know what loss to beat.
+
+# %%
+x, t, y = torch.randn(4, 3, size, size), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 6])
+assert torch.equal(model(x, t, y), torch.zeros_like(x))
+
+# %% [markdown]
+# **Every parameter learns.** A layer that is defined but never used is a classic mistake, and the loss does not tell. We ask for gradients. At the very first step the zeros block
+# them (what is multiplied by zero gets none), so we first fill the zeros.
+
+# %%
+for parameter in model.parameters():
+    if not parameter.any():
+        torch.nn.init.normal_(parameter, std=0.02)
+model(x, t, y).square().mean().backward()
+without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+assert without == [], without
+
+# %% [markdown]
+# **Labels count**, and one label means "none": the label after the last, which is what the network takes if it is given no labels at all.
+
+# %%
+model.eval()
+with torch.no_grad():
+    nothing = model(x, t)
+    assert_close(nothing, model(x, t, torch.full((4,), model.null_label)))
+    assert not torch.allclose(nothing[:3], model(x, t, y)[:3])
+
+# %% [markdown]
+# **Any size will do** that can be halved often enough, though it was built for one. Where it cannot, the error says why:
+
+# %%
+with torch.no_grad():
+    multiple = model.size_multiple
+    assert model(torch.randn(1, 3, 3 * multiple, 5 * multiple), t[:1]).shape[2:] == (3 * multiple, 5 * multiple)
+for bad in (lambda: model(x[:, :, :-2], t), lambda: model(x, t[:1]), lambda: model(x, t, y + 1)):
+    try:
+        bad()
+    except ValueError as error:
+        print(error)
+
+# %% [markdown]
+# **The memory layout does not matter** for the answer. (For the speed it does: `channels_last` suits today's convolutions better.)
+
+# %%
+with torch.no_grad():
+    rows = model(x, t, y)
+    columns = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, y)
+assert_close(rows, columns, atol=1e-4, rtol=1e-3)
+
+# %% [markdown]
+# ## Your turn
+#
+# 1. How many parameters has `ResBlock(64, 128, emb_channels=256)`? Work it out by hand, in `count`.
+# 2. What if there were no skip connections? Zero what comes across, and look at how much the answer changes.
+
+# %% tags=["exercise"]
+count = None  # your answer to 1
+
+# %% [markdown]
+# ## Solutions
+#
+# 1. Two norms (a scale and a shift a channel), two convolutions of 3 x 3, the layer for the time, and a 1 x 1 convolution, because input and output differ in width:
+
+# %% tags=["solution"]
+norms, convolutions = 2 * 64 + 2 * 128, (64 * 9 + 1) * 128 + (128 * 9 + 1) * 128
+count = norms + convolutions + (256 + 1) * 2 * 128 + (64 + 1) * 128
+assert count == sum(p.numel() for p in ResBlock(64, 128, emb_channels=256).parameters())
+
+
+# %% [markdown]
+# 2. On the way up, each block takes what comes from below and what comes across, one after the other in the channels. We zero the second part:
+
+# %% tags=["solution"]
+def without_skips(module, inputs):
+    h, emb = inputs
+    from_below = width_below[module]
+    return torch.cat([h[:, :from_below], torch.zeros_like(h[:, from_below:])], dim=1), emb
+
+
+widths = [channels for name, _, channels, _ in trace if name == "middle2" or name.startswith("up")]
+ups = [module for module in model.up]
+width_below = {module: width for module, width in zip(ups, widths) if isinstance(module, Block)}
+hooks = [module.register_forward_pre_hook(without_skips) for module in width_below]
+with torch.no_grad():
+    blind = model(x, t, y)
+for hook in hooks:
+    hook.remove()
+assert (blind - rows).norm() > 0.5 * rows.norm()
+
+# %% [markdown]
+# Next: [04_training](04_training.ipynb) teaches it.
