@@ -149,11 +149,11 @@ def _draw_factors(labels: Tensor, generator: torch.Generator) -> dict[str, Tenso
         "petals": petals.float(),
         "hue": (hue[:, 0] + uniform(-1, 1) * hue[:, 1]) % 1,
         "radius": uniform(0.60, 0.88),
-        "x": uniform(-0.10, 0.10),
-        "y": uniform(-0.10, 0.10),
-        "rotation": uniform(-0.25, 0.25) - math.pi / 2,  # one petal more or less on top
-        "tilt": uniform(0, 0.7),
-        "tilt_direction": uniform(-0.4, 0.4) + math.pi / 2,  # seen from in front and above
+        "x": uniform(-0.06, 0.06),
+        "y": uniform(-0.06, 0.06),
+        "rotation": uniform(-0.1, 0.1) - math.pi / 2,  # one petal more or less on top
+        "tilt": uniform(0, 0.6),
+        "tilt_direction": uniform(-0.3, 0.3) + math.pi / 2,  # seen from in front and above
         "background_hue": uniform(0.22, 0.45),
         "background_value": uniform(0.12, 0.48),
     }

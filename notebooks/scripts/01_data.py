@@ -129,6 +129,9 @@ assert cropped.shape == (3, 32, 32)
 centre = resize_and_crop(large.images[3], 32)
 assert (cropped.float() - centre.float()).abs().max() <= 2, "padding the sides must not change the middle"
 
+averaged = F.avg_pool2d(large.images[3].float(), 4)  # each small pixel the mean of the 4 x 4 that it stands for
+assert (cropped - averaged).abs().mean() < 0.7 * (aliased - averaged).abs().mean()
+
 # %% [markdown]
 # ## What is locked away
 #
