@@ -35,6 +35,7 @@ from noisout_nb.sampling import sample_image
 from noisout_nb.training import EMA, Batches, learning_rate_at, load_model, save_model, simple_loss, train
 from noisout_nb.unet import UNet
 
+# %%
 torch.manual_seed(0)
 profile, device = get_profile(), get_device()
 
@@ -83,6 +84,7 @@ def my_loss(model, x_0, t, noise, y):
     return ((model(x_t, t, y) - target) ** 2).mean()
 
 
+# %%
 assert_close(my_loss(model, x_0, t, noise, y), simple_loss(model, process, x_0, t, noise, y))
 
 # %% [markdown]
@@ -136,6 +138,8 @@ assert -1 <= images.min() and images.max() <= 1
 # %%
 again = Batches(data, profile.batch_size, device=device)
 assert torch.equal(next(again)[0], images)
+
+# %%
 one_epoch = Batches(data, profile.batch_size, flip=False)
 seen = torch.cat([next(one_epoch)[0] for _ in range(one_epoch.per_epoch)])
 assert len(seen.flatten(1).unique(dim=0)) == len(seen), "no picture twice in an epoch"
@@ -174,15 +178,19 @@ def small_model():
     return UNet(**profile.network, num_classes=len(data.classes)).to(device)
 
 
+# %%
 def helper_training(model, steps, **options):
     batches, ema = Batches(data, profile.batch_size, device=device), EMA(model)
     options = dict(steps=steps, learning_rate=1e-3, label_dropout=profile.label_dropout) | options
     return [step.loss for step in train(model, process, batches, ema, **options)]
 
 
+# %%
 mine, helpers = small_model(), small_model()
 my_training(mine, 3, 1e-3)
 helper_training(helpers, 3, autocast=False)
+
+# %%
 for a, b in zip(mine.parameters(), helpers.parameters()):
     assert_close(a, b)
 
@@ -327,6 +335,8 @@ assert sum(losses[-50:]) < 0.25 * sum(losses[:50]), "the loss has not fallen eno
 order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
 reference, second = to_float(held_out.images[order[:256]]), to_float(held_out.images[order[256:512]])
 labels = held_out.labels[order[256:512]].to(device)  # as many of each species as in the second set
+
+# %%
 with ema.applied():
     samples = sample_image(model, process, labels, shape=shape, seed=2).cpu()
 noise = torch.randn(256, *shape, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
@@ -334,6 +344,8 @@ noise = torch.randn(256, *shape, generator=torch.Generator().manual_seed(3)).cla
 # %%
 sets = {"real": second, "samples": samples, "noise": noise}
 distance = {name: factor_distance(images, reference) for name, images in sets.items()}
+
+# %%
 factors = list(distance["real"])
 plot_lines({name: [values[f] for f in factors] for name, values in distance.items()}, x_ticks=factors, markers=True, log_y=True,
            y_label="distance to the data", alt="Distance to the data in each factor: real pictures lowest, samples a little above, noise far above")

@@ -35,12 +35,15 @@ from noisout_nb.profiles import REPOSITORY, get_device, get_profile
 from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample_image, slerp
 from noisout_nb.training import load_model
 
+# %%
 torch.manual_seed(0)
 profile, device = get_profile(), get_device()
 
 # %%
 if not profile.weights.exists():  # the paired script of a notebook is a program
     subprocess.run([sys.executable, REPOSITORY / "notebooks" / "scripts" / "04_training.py"], check=True, stdout=subprocess.DEVNULL)
+
+# %%
 model, process, classes = load_model(profile.weights, device)
 T, shape = process.timesteps, (3, profile.image_size, profile.image_size)
 print(f"a network of {sum(p.numel() for p in model.parameters()):,} parameters that knows {len(classes)} species")
@@ -56,6 +59,8 @@ print(f"a network of {sum(p.numel() for p in model.parameters()):,} parameters t
 held_out = load_data(profile, "val")
 x_0 = torch.stack([held_out[i][0] for i in range(6)]).to(device)
 y = torch.tensor([held_out[i][1] for i in range(6)], device=device)
+
+# %%
 t = torch.tensor([100, 250, 400, 550, 700, 850], device=device)
 x_t = process.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(device))
 
@@ -226,6 +231,7 @@ def my_ddim(x, y, steps):
     return x
 
 
+# %%
 x_T = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2)).to(device)
 with torch.no_grad():
     mine = my_ddim(x_T, species, 50)

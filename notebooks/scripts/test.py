@@ -56,12 +56,7 @@ images, labels = next(batches)
 print(f"images {tuple(images.shape)} from -1 to 1, labels {tuple(labels.shape)}")
 
 # %%
-# photographs have no clear licence, so only drawn flowers are shown in stored outputs
-if profile.dataset == "procedural":
-    grid = image_grid(images[:16].cpu(), columns=8, alt="Sixteen embedded flowers, mirrored at random: what the network learns from")
-else:
-    grid = f"pictures of {', '.join(data.classes[:4])}, ..."
-grid
+image_grid(images[:16].cpu(), columns=8, alt="Sixteen flowers, mirrored at random: what the network learns from")
 
 # %% [markdown]
 # ## 2 Forward process ([02_forward_process](02_forward_process.ipynb))
@@ -76,11 +71,7 @@ x_0 = to_float(held_out.images[:1]).to(device).expand(9, *shape)
 x_t = process.q_sample(x_0, t, torch.randn(1, *shape, device=device).expand(9, *shape))
 
 # %%
-if profile.dataset == "procedural":
-    film = filmstrip([x_t.cpu()], column_labels=[f"t = {int(i)}" for i in t], arrow="the forward process", alt="A flower dissolving in nine steps from t = 0 to pure noise")
-else:
-    film = f"what is left of the picture at the end: {float(process.alphas_cumprod[-1].sqrt()):.5f} of its contrast"
-film
+filmstrip([x_t.cpu()], column_labels=[f"t = {int(i)}" for i in t], arrow="the forward process", alt="A flower dissolving in nine steps from t = 0 to pure noise")
 
 # %% [markdown]
 # ## 3 Network ([03_unet](03_unet.ipynb))
@@ -166,7 +157,7 @@ results = image_grid(samples, columns=columns, row_labels=names, alt="Generated 
 results
 
 # %% [markdown]
-# The two pictures go to the README if they show photographs' flowers, else to the profile's folder of runs.
+# The two pictures go to the top of the repository, for the README, if the network has learned from photographs, else to the profile's folder of runs.
 
 # %%
 folder = REPOSITORY if profile.dataset == "flowers102" else profile.runs
