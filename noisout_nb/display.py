@@ -57,7 +57,7 @@ class Picture:
     def from_image(cls, image: Image.Image, alt: str) -> "Picture":
         """A PIL image, stored as it is and shown at 1 / RATIO of its size."""
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")  # PIL writes neither version nor date: same pixels, same bytes
+        image.save(buffer, "PNG", optimize=True)  # PIL writes neither version nor date: same pixels, same bytes
         return cls(buffer.getvalue(), alt, image.width // RATIO)
 
     @classmethod

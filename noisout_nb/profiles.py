@@ -71,7 +71,7 @@ PROFILES = {
             patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.0,
             schedule="cosine", timesteps=1000, prediction="v",
             batch_size=32, train_steps=4_000, learning_rate=1e-3, ema_decay=0.998, label_dropout=0.1,
-            guidance_scale=2.0, sample_steps=50,
+            guidance_scale=3.0, sample_steps=50,
         ),
         Profile(
             name="flowers64", dataset="flowers102", image_size=64, train_images=None,
