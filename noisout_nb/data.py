@@ -125,8 +125,10 @@ class ProceduralFlowers(FlowerImages):
     """
 
     def __init__(self, size: int = 32, count: int = 2000, seed: int = 0):
-        if size < 16 or count < 1:
-            raise ValueError(f"size is {size} and count {count}: flowers need at least 16 pixels, and there must be one of them")
+        if size < 16:
+            raise ValueError(f"size is {size}: a flower needs at least 16 pixels, and 32 to look like one")
+        if count < 1:
+            raise ValueError(f"count is {count}: at least 1 flower must be drawn")
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(SPECIES), (count,), generator=generator)
         self.factors = _draw_factors(labels, generator)

