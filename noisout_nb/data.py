@@ -6,8 +6,11 @@ a JPEG again. An item is `(image, label)` with the image as float32 in [-1, 1], 
 
 import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,6 +32,22 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """float (..., H, W) in [-1, 1] -> uint8 in 0..255, clamped and rounded (a plain cast would cut off)."""
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file to write that takes the place of `path` at the end of the `with` block, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class FlowerImages(Dataset):

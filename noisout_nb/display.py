@@ -17,29 +17,28 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 import torch
+import torch.nn.functional as F
 from IPython import get_ipython
 from IPython.display import display
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from matplotlib.transforms import IdentityTransform
 from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from .data import to_uint8
+from .data import atomic_file, to_uint8
 
 DPI, RATIO = 100, 2  # of the page; and how much finer a picture is stored than shown, for today's screens
 WIDTH = 820  # pixels of the page that a grid of images may take
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, less yellow
 LINES = ("-", "--", "-.", (0, (1, 1.2)), (0, (7, 2)), (0, (4, 1, 1, 1, 1, 1)), (0, (2, 1)))  # told apart in grey, too
 STYLE = {
-    "font.size": 9.5, "axes.labelsize": 10, "figure.titlesize": 10.5, "figure.constrained_layout.use": True,
+    "font.size": 9.5, "axes.labelsize": 10, "figure.constrained_layout.use": True,
     "text.color": "#222222", "axes.labelcolor": "#222222", "xtick.color": "#444444", "ytick.color": "#444444",
     "axes.edgecolor": "#888888", "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "lines.linewidth": 1.7, "lines.markersize": 4,
-    "axes.xmargin": 0.02, "legend.frameon": False, "legend.handlelength": 2.8, "legend.title_fontsize": 10.5,
+    "axes.xmargin": 0.02, "legend.frameon": False, "legend.handlelength": 2.8,
 }  # fmt: skip
 styled = matplotlib.style.context(["default", STYLE])  # as a decorator: the reader's own settings come back afterwards
 
@@ -61,29 +60,22 @@ class Picture:
         return cls(buffer.getvalue(), alt, image.width // RATIO)
 
     @classmethod
-    def from_figure(cls, figure: Figure, alt: str, colors: int | None = None) -> "Picture":
-        """A `matplotlib.figure.Figure` (one of pyplot's would be shown a second time).
+    def from_figure(cls, figure: Figure, alt: str, colors: int | None = None, **options) -> "Picture":
+        """A `matplotlib.figure.Figure` (one of pyplot's would be shown a second time); `options` go to its `savefig`.
 
         `colors`: store so many colours at most, up to 256; lines and words look the same in a third of the bytes.
         """
-        figure.set_dpi(DPI * RATIO)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=DPI * RATIO, **options)
+        image = Image.open(buffer).convert("RGB")
         return cls.from_image(image.quantize(colors, dither=Image.Dither.NONE) if colors else image, alt)
 
     def save(self, path: str | Path) -> "Picture":
         """Write the PNG, whole or not at all; makes the folder. Returns the picture, so that a cell may end with it."""
-        path = Path(path)
-        if path.suffix != ".png":
-            raise ValueError(f"cannot save {path.name!r}: a Picture is a PNG, so let the name end in .png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            part.write_bytes(self.png)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        if Path(path).suffix != ".png":
+            raise ValueError(f"cannot save {Path(path).name!r}: a Picture is a PNG, so let the name end in .png")
+        with atomic_file(path) as file:
+            file.write(self.png)
         return self
 
     def __repr__(self) -> str:
@@ -94,76 +86,52 @@ class Picture:
 
 
 @styled
-def image_grid(images: Tensor | Sequence[Tensor], *, columns: int = 8, scale: int | None = None, titles=(),
-               row_labels=(), column_labels=(), arrow: str = "", alt: str = "") -> Picture:  # fmt: skip
+def image_grid(images: Tensor | Sequence[Tensor], *, columns: int = 8, scale: int | None = None, row_labels=(),
+               column_labels=(), arrow: str = "", alt: str = "") -> Picture:  # fmt: skip
     """Images side by side, every pixel a crisp square.
 
     `images`: (N, 3, H, W) or (N, 1, H, W), float in [-1, 1] (what goes beyond, as a noisy x_t does, is clamped) or
     uint8; or a list of single images. `scale`: pixels of the page per pixel of an image; None takes what fits.
-    `titles` stand above every image, `row_labels` to the left, `column_labels` on top. `arrow` is a caption below,
-    on an arrow to the right. Raises ValueError for another shape or dtype, for NaN or infinite values, and where
-    there are not as many labels as images, rows or columns.
+    `row_labels` stand on the left, `column_labels` on top. `arrow` is a caption below, on an arrow to the right.
+    Raises ValueError for another shape or dtype, for NaN or infinite values, and where there are not as many labels
+    as rows or columns.
 
     >>> image_grid(torch.zeros(6, 3, 8, 8), columns=3)
     6 images in rows of 3
     """
     pixels = _pixels(images)
-    count, height, width = pixels.shape[:3]
+    count, _, height, width = pixels.shape
     columns = max(1, min(columns, count))
     rows = ceil(count / columns)
-    titles, row_labels, column_labels = ([str(x) for x in y or ()] for y in (titles, row_labels, column_labels))
-    for labels, places in ((titles, "images"), (row_labels, "rows"), (column_labels, "columns")):
-        if labels and len(labels) != (needed := {"images": count, "rows": rows, "columns": columns}[places]):
+    for labels, places, needed in ((row_labels, "rows", rows), (column_labels, "columns", columns)):
+        if len(labels) not in (0, needed):
             raise ValueError(f"{len(labels)} labels for {needed} {places}: give one each ('' for none)")
+    gap, zoom = 4 * RATIO, RATIO * int(scale or max(1, min(WIDTH // columns - 5, 128) // max(height, width)))
+    canvas = F.pad(pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), [0, gap, 0, gap], value=255)
+    canvas = make_grid(canvas, nrow=columns, padding=0)[:, :-gap, :-gap]
 
-    # All lengths are stored pixels from here on: how much room do the words need, and where does each image go?
-    gap, line = 4 * RATIO, 17 * RATIO
-    zoom = RATIO * int(scale or max(1, min(WIDTH // columns - 5, 128) // max(height, width)))
-    figure = Figure(dpi=DPI * RATIO)
-    renderer = FigureCanvasAgg(figure).get_renderer()
-
-    def room(texts):  # for the longest text and for the most lines
-        extents = [Figure(dpi=figure.dpi).text(0, 0, text).get_window_extent(renderer).width for text in texts]
-        lines = [1 + text.count("\n") for text in texts]
-        return ceil(max(extents, default=0)), line * max(lines, default=0) + gap * bool(lines)
-
-    left, top, above = room(row_labels)[0] + 2 * gap * bool(row_labels), room(column_labels)[1], room(titles)[1]
-    cell = max(width * zoom, room([*titles, *column_labels])[0] + gap), above + height * zoom
-    x = [gap + left + i * (cell[0] + gap) for i in range(columns)]
-    y = [gap + top + i * (cell[1] + gap) for i in range(rows)]
-    right, bottom = x[-1] + cell[0], y[-1] + cell[1] + gap + room([arrow] if arrow else [])[1] + gap * bool(arrow)
-    canvas = np.full((bottom, right + gap, 3), 255, np.uint8)
-    for i, image in enumerate(pixels.repeat(zoom, 1).repeat(zoom, 2)):
-        across, down = x[i % columns] + (cell[0] - width * zoom) // 2, y[i // columns] + above
-        canvas[down : down + height * zoom, across : across + width * zoom] = image
-    # half a pixel more, since Agg rounds inches times dpi down
-    figure.set_size_inches((canvas.shape[1] + 0.5) / figure.dpi, (canvas.shape[0] + 0.5) / figure.dpi)
-    figure.figimage(canvas)
-
-    def write(text, at_x, at_y, ha, va, **how):
-        figure.text(at_x, bottom - at_y, text, ha=ha, va=va, transform=IdentityTransform(), **how)
-
-    for i, text in enumerate(titles):
-        write(text, x[i % columns] + cell[0] / 2, y[i // columns] + above - gap / 2, "center", "bottom")
-    for text, at in zip(column_labels, x):
-        write(text, at + cell[0] / 2, top, "center", "bottom")
-    for text, at in zip(row_labels, y):
-        write(text, left, at + above + height * zoom / 2, "right", "center")
+    figure = Figure(figsize=(canvas.shape[2] / DPI / RATIO, canvas.shape[1] / DPI / RATIO), layout="none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="none")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelcolor=STYLE["text.color"])
+    for axis, labels, side in ((axes.xaxis, column_labels, width * zoom), (axes.yaxis, row_labels, height * zoom)):
+        axis.set_ticks([i * (side + gap) + side / 2 for i in range(len(labels))], [str(label) for label in labels])
     if arrow:
-        at = bottom - line / 2 - gap
-        figure.add_artist(FancyArrowPatch((x[0], bottom - at), (right, bottom - at), arrowstyle="-|>", color="#888888",
-                          mutation_scale=18, shrinkA=0, shrinkB=0, transform=IdentityTransform()))  # fmt: skip
+        below = {"xycoords": ("axes fraction", "axes points"), "annotation_clip": False}
+        axes.annotate("", (1, -15), (0, -15), arrowprops={"arrowstyle": "-|>", "color": "#888888", "mutation_scale": 18}, **below)
         box = {"facecolor": "white", "edgecolor": "none", "pad": 3}
-        write(arrow, (x[0] + right) / 2, at, "center", "center", bbox=box)
-    return Picture.from_figure(figure, alt or f"{count} image{'s'[: count > 1]} in rows of {columns}")
+        axes.annotate(arrow, (0.5, -15), ha="center", va="center", bbox=box, **below)
+    return Picture.from_figure(figure, alt or f"{count} image{'s'[: count > 1]} in rows of {columns}", bbox_inches="tight", pad_inches=0.04)
 
 
 def filmstrip(rows: Sequence[Sequence[Tensor]], *, alt: str = "", **labels) -> Picture:
     """A process at several times: every row a sequence of (3, H, W) images, every column one time.
 
     The forward film is one row, x_0 ... x_T; the reverse film has two, x_t above and the predicted x_0 below.
-    Takes `row_labels`, `column_labels`, `titles`, `arrow` and `scale` as `image_grid` does. Raises ValueError where
-    the rows differ in length.
+    Takes `row_labels`, `column_labels`, `arrow` and `scale` as `image_grid` does. Raises ValueError where the rows
+    differ in length.
 
     >>> filmstrip([torch.zeros(5, 3, 8, 8)] * 2, row_labels=["$x_t$", "$x_0$"])
     a film of 5 frames
@@ -172,8 +140,7 @@ def filmstrip(rows: Sequence[Sequence[Tensor]], *, alt: str = "", **labels) -> P
     if len(lengths) != 1:
         raise ValueError(f"the rows of a film must have equally many frames, got {[len(row) for row in rows]}")
     columns = lengths.pop()
-    frames = [image for row in rows for image in row]
-    return image_grid(frames, columns=columns, alt=alt or f"a film of {columns} frames", **labels)
+    return image_grid([image for row in rows for image in row], columns=columns, alt=alt or f"a film of {columns} frames", **labels)
 
 
 @styled
@@ -210,12 +177,11 @@ def plot_lines(curves: Mapping, *, x_label="", y_label="", title="", log_x=False
     for label, at in _labelled(hlines):
         axes.axhline(at, **grey)
         axes.text(1, at, label, color="#555555", ha="right", va="bottom", transform=axes.get_yaxis_transform())
-    return _finish(figure, axes, title, alt or f"{y_label} against {x_label}: {', '.join(curves)}")
+    return _finish(figure, axes, alt or f"{y_label} against {x_label}: {', '.join(curves)}")
 
 
 @styled
-def plot_heatmap(matrix: Tensor, *, x_label="", y_label="", value_label="", title="", size=None,
-                 alt: str = "") -> Picture:  # fmt: skip
+def plot_heatmap(matrix: Tensor, *, x_label="", y_label="", size=None, alt: str = "") -> Picture:
     """A matrix as colours with their scale, row 0 on top; square where the matrix is square.
 
     Raises ValueError for anything but two axes.
@@ -233,40 +199,34 @@ def plot_heatmap(matrix: Tensor, *, x_label="", y_label="", value_label="", titl
     shown = axes.imshow(matrix, aspect="equal" if rows == columns else "auto", interpolation_stage="data")
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    figure.colorbar(shown, label=value_label, pad=0.02).outline.set_visible(False)
-    return _finish(figure, axes, title, alt or f"{rows} rows ({y_label}) by {columns} columns ({x_label}) as colours")
+    figure.colorbar(shown, pad=0.02).outline.set_visible(False)
+    return _finish(figure, axes, alt or f"{rows} rows ({y_label}) by {columns} columns ({x_label}) as colours")
 
 
 @styled
-def plot_loss(losses: Sequence[float], *, smooth: float | None = None, title="", y_label="loss", size=(720, 300),
-              alt: str = "") -> Picture:  # fmt: skip
-    """The loss of every step, faint, and its moving average, strong, on a logarithmic axis.
+def plot_loss(losses: Sequence[float], *, y_label="loss", size=(720, 300), alt: str = "") -> Picture:
+    """The loss of every step, faint, and its moving average over a fiftieth of all steps, strong, on a log axis.
 
-    `smooth`: decay of the exponential moving average, 0 <= smooth < 1; None averages over a fiftieth of all steps.
-    The start is corrected for having started from nothing, as Adam's averages are. ValueError for another `smooth`.
+    The average's start is corrected for having started from nothing, as Adam's averages are.
 
     >>> plot_loss([1.0, 0.5, 0.3])
     loss over 3 training steps
     """
     losses, average, mean = _vector("losses", losses), [], 0.0
-    smooth = 1 - 1 / max(1, len(losses) / 50) if smooth is None else smooth
-    if not 0 <= smooth < 1:
-        raise ValueError(f"smooth must be at least 0 and below 1 (0.98 averages over about 50 steps), got {smooth}")
+    decay = 1 - 1 / max(1, len(losses) / 50)
     for step, loss in enumerate(losses, 1):
-        mean = smooth * mean + (1 - smooth) * loss
-        average.append(mean / (1 - smooth**step))
+        mean = decay * mean + (1 - decay) * loss
+        average.append(mean / (1 - decay**step))
     figure, axes = _axes(size, "training step", y_label)
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color=COLORS[0], alpha=0.25, linewidth=0.8, label="each step")
     axes.plot(steps, average, color=COLORS[0], linewidth=2, label="moving average")
     _log(axes, "y")
-    if len(losses):  # a log axis without data stays as it is
-        axes.set_xlim(0, max(2, 1.02 * len(losses)))
-    return _finish(figure, axes, title, alt or f"{y_label} over {len(losses)} training steps")
+    return _finish(figure, axes, alt or f"{y_label} over {len(losses)} training steps")
 
 
 @styled
-def plot_histograms(groups: Mapping, *, x_label="", bins=60, curves: Mapping | None = None, title="", size=(720, 320),
+def plot_histograms(groups: Mapping, *, x_label="", bins=60, curves: Mapping | None = None, size=(720, 320),
                     alt: str = "") -> Picture:  # fmt: skip
     """Distributions over each other: outlines of histograms, each of area one.
 
@@ -283,17 +243,16 @@ def plot_histograms(groups: Mapping, *, x_label="", bins=60, curves: Mapping | N
         axes.stairs(np.histogram(group, edges, density=True)[0], edges, color=color, ls=line, lw=1.6, label=name)
     for name, (x, density) in (curves or {}).items():
         axes.plot(_vector(name, x), _vector(name, density), color="#222222", linewidth=1, label=name)
-    return _finish(figure, axes, title, alt or f"histograms of {x_label}: {', '.join(groups)}")
-
-
-def side_by_side(*pictures: Picture, alt: str = "") -> Picture:
-    """Several pictures as one, from left to right."""
-    return _join(pictures, (1, 0), alt)
+    return _finish(figure, axes, alt or f"histograms of {x_label}: {', '.join(groups)}")
 
 
 def stack(*pictures: Picture, alt: str = "") -> Picture:
-    """Several pictures as one, from top to bottom."""
-    return _join(pictures, (0, 1), alt)
+    """Several pictures as one, centred, from top to bottom."""
+    images = [Image.open(io.BytesIO(picture.png)) for picture in pictures]
+    canvas = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    for i, image in enumerate(images):
+        canvas.paste(image, ((canvas.width - image.width) // 2, sum(above.height for above in images[:i])))
+    return Picture.from_image(canvas, alt or "; ".join(picture.alt for picture in pictures))
 
 
 class Live:
@@ -304,41 +263,41 @@ class Live:
                 losses.append(step.loss)
                 live.update(lambda: plot_loss(losses))
 
-    `update` takes a Picture or, better, a function that draws one: it is called at most every `interval` seconds, and
-    less often where it is slow, so that drawing stays below 5 % of the time. The end of the `with` block, or
-    `close()`, draws the last state. The description is `alt` throughout. Outside a notebook nothing is drawn.
+    `update` takes a function that draws a `Picture`, and calls it at most every `interval` seconds, and less often
+    where it is slow, so that drawing stays below 5 % of the time. The end of the `with` block draws the last state.
+    The description is `alt` throughout. Outside a notebook nothing is drawn.
     """
 
     def __init__(self, alt: str, interval: float = 1.0):
         self.alt, self.interval = alt, interval
-        self._slot, self._waiting, self._next = None, None, 0.0
-        self._visible = hasattr(get_ipython(), "kernel")
+        self._slot, self._next = None, 0.0
 
-    def update(self, picture: Picture | Callable[[], Picture], *, force: bool = False) -> None:
-        """Show `picture` if it is time to, or if `force`; else remember it for `close`."""
-        self._waiting, start = picture, time.monotonic()
-        if not self._visible or (start < self._next and not force):
+    def update(self, draw: Callable[[], Picture]) -> None:
+        """Show what `draw` draws, if it is time to; else remember it for the end."""
+        self._waiting = draw
+        if time.monotonic() >= self._next:
+            self._show()
+
+    def _show(self) -> None:
+        draw, self._waiting, start = self._waiting, None, time.monotonic()
+        if draw is None or not hasattr(get_ipython(), "kernel"):
             return
-        drawn = picture() if callable(picture) else picture
-        drawn = Picture(drawn.png, self.alt, drawn.width)
+        picture = draw()
+        picture = Picture(picture.png, self.alt, picture.width)
         if self._slot is None:
-            self._slot = display(drawn, display_id=True)
+            self._slot = display(picture, display_id=True)
         else:
-            self._slot.update(drawn)
-        self._waiting, now = None, time.monotonic()
+            self._slot.update(picture)
+        now = time.monotonic()
         # a recording keeps the last picture alone, so there nothing between the first and the last is worth drawing
         self._next = float("inf") if _recording() else now + max(self.interval, 20 * (now - start))
 
-    def close(self) -> None:
-        """Draw what was given last, if that has not been shown yet."""
-        if self._waiting is not None:
-            self.update(self._waiting, force=True)
-
     def __enter__(self) -> "Live":
+        self._waiting = None
         return self
 
     def __exit__(self, *error) -> None:
-        self.close()
+        self._show()
 
 
 def progress(iterable: Iterable, total: int | None = None, description: str = "") -> tqdm:
@@ -354,8 +313,8 @@ def _recording() -> bool:
     return bool(os.environ.get("NOISOUT_RECORD"))
 
 
-def _pixels(images: Tensor | Sequence[Tensor]) -> np.ndarray:
-    """Images in any accepted form -> uint8 (N, H, W, 3)."""
+def _pixels(images: Tensor | Sequence[Tensor]) -> Tensor:
+    """Images in any accepted form -> uint8 (N, 3, H, W)."""
     if not isinstance(images, Tensor):
         if len({image.shape for image in images}) != 1:
             raise ValueError(f"images must have one shape, not {[tuple(image.shape) for image in images]}")
@@ -370,7 +329,7 @@ def _pixels(images: Tensor | Sequence[Tensor]) -> np.ndarray:
         if bad:
             raise ValueError(f"images[{bad[0]}] holds NaN or infinite values ({len(bad)} of {len(images)} images do)")
         images = to_uint8(images)
-    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    return images.expand(-1, 3, -1, -1)
 
 
 def _vector(name: str, values) -> np.ndarray:
@@ -401,24 +360,9 @@ def _log(axes, which: str) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _finish(figure: Figure, axes, title: str, alt: str) -> Picture:
+def _finish(figure: Figure, axes, alt: str) -> Picture:
     names = axes.get_legend_handles_labels()[1]
     if len(names) > 1:  # above the axes, where it hides no data, in rows as even as they can be
         fitting = max(1, int(figure.get_figwidth() * DPI / (7 * max(map(len, names)) + 50)))
-        columns = ceil(len(names) / ceil(len(names) / fitting))
-        figure.legend(loc="outside upper center", title=title or None, ncols=columns)
-    elif title:
-        figure.suptitle(title)
+        figure.legend(loc="outside upper center", ncols=ceil(len(names) / ceil(len(names) / fitting)))
     return Picture.from_figure(figure, alt, colors=256)
-
-
-def _join(pictures: Sequence[Picture], direction: tuple[int, int], alt: str) -> Picture:
-    """On white, centred; `direction` is (1, 0) to the right or (0, 1) down."""
-    images = [Image.open(io.BytesIO(picture.png)) for picture in pictures]
-    sizes = np.array([image.size for image in images])
-    total = np.where(direction, sizes.sum(0), sizes.max(0))
-    canvas, corner = Image.new("RGB", tuple(map(int, total)), "white"), np.zeros(2, int)
-    for image, size in zip(images, sizes):
-        canvas.paste(image, tuple(map(int, np.where(direction, corner, (total - size) // 2))))
-        corner += size
-    return Picture.from_image(canvas, alt or "; ".join(picture.alt for picture in pictures))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import FlowerImages, to_float
+from .data import FlowerImages, atomic_file, to_float
 from .forward_process import SCHEDULES, GaussianDiffusion
 from .profiles import Profile
 from .unet import UNet
@@ -190,22 +189,20 @@ class _Run:
         self.model, self.process, self.batches, self.losses = model, process, batches, losses
         self.ema, self.optimizer, self.generator = ema, optimizer, generator
         self.identity = {  # what must not change from one session to the next
-            "network": model.config,
-            "prediction": process.prediction,
-            "betas": process.betas.cpu(),
-            "pictures": len(batches.images),
-            "batch_size": batches.batch_size,
-            "batches_seed": batches.seed,
-        }
+            **model.config, "prediction": process.prediction, "betas": process.betas.tolist(),
+            "pictures": len(batches.images), "batch_size": batches.batch_size, "batches_seed": batches.seed,
+        }  # fmt: skip
 
     def save(self, path: Path) -> None:
-        save_atomically(path, {
+        state = {
             "identity": self.identity, "step": self.batches.index, "losses": self.losses,
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.shadow, "ema_updates": self.ema.updates,
             "generator": self.generator.get_state(), "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        })  # fmt: skip
+        }  # fmt: skip
+        with atomic_file(path) as file:
+            torch.save(state, file)
 
     def load(self, path: Path) -> None:
         state = load_safely(path)
@@ -214,10 +211,9 @@ class _Run:
             raise ValueError(f"{path} is not a training checkpoint. {way_out}")
         for name, value in self.identity.items():
             saved = state["identity"].get(name)
-            same = torch.equal(saved, value) if isinstance(value, Tensor) and isinstance(saved, Tensor) else saved == value
-            if not same:
-                shown = "" if isinstance(value, Tensor) else f" ({saved} there, {value} here)"
-                raise ValueError(f"{path} comes from another training: its {name} differs{shown}. {way_out}")
+            if saved != value:
+                shown = "other ones there" if name == "betas" else f"{saved} there, {value} here"
+                raise ValueError(f"{path} comes from another training ({name}: {shown}). {way_out}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(self.ema.shadow, [s.to(p.device) for s, p in zip(state["ema"], self.ema.parameters)])
@@ -227,21 +223,6 @@ class _Run:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
-
-
-def save_atomically(path: Path, content: object) -> None:
-    """torch.save to a file beside `path` that then takes its place: `path` is the old file or the new one, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_safely(path: Path) -> object:
@@ -257,16 +238,12 @@ def load_safely(path: Path) -> object:
 def save_model(model: UNet, path: Path, profile: Profile, classes: tuple[str, ...]) -> None:
     """Write the plain state_dict in half precision to `path`, and beside it, as .json, what is needed to build the network."""
     path = Path(path)
-    save_atomically(path, {name: value.half() for name, value in model.state_dict().items()})
-    card = {
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "network": model.config,
-        "profile": asdict(profile),
-        "classes": list(classes),
-    }
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(card, indent=1) + "\n")
-    os.replace(partial, path.with_suffix(".json"))
+    with atomic_file(path) as file:
+        torch.save({name: value.half() for name, value in model.state_dict().items()}, file)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    card = {"sha256": sha256, "network": model.config, "profile": asdict(profile), "classes": list(classes)}
+    with atomic_file(path.with_suffix(".json")) as file:
+        file.write((json.dumps(card, indent=1) + "\n").encode())
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, GaussianDiffusion, tuple[str, ...]]:

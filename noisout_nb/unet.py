@@ -136,20 +136,10 @@ class UNet(nn.Module):
     Raises ValueError for sizes, labels or arguments that do not fit.
     """
 
-    def __init__(
-        self,
-        image_size: int = 32,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        channels: int = 64,
-        channel_mults: tuple[int, ...] = (1, 2, 2),
-        num_res_blocks: int = 2,
-        attention_resolutions: tuple[int, ...] = (8,),
-        head_channels: int = 32,
-        dropout: float = 0.0,
-        num_classes: int | None = None,
-        patch_size: int = 1,
-    ):
+    def __init__(self, image_size: int = 32, in_channels: int = 3, out_channels: int = 3, channels: int = 64,
+                 channel_mults: tuple[int, ...] = (1, 2, 2), num_res_blocks: int = 2,
+                 attention_resolutions: tuple[int, ...] = (8,), head_channels: int = 32, dropout: float = 0.0,
+                 num_classes: int | None = None, patch_size: int = 1):  # fmt: skip
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.num_classes, self.patch_size = num_classes, patch_size

@@ -117,7 +117,7 @@ aliased = F.interpolate(wide[None, :, :, 64:-64].float(), (32, 32), mode="neares
 cropped = resize_and_crop(wide, 32)
 
 # %%
-image_grid([squashed, aliased, cropped], columns=3, scale=6, titles=["squashed", "cropped, no antialiasing", "cropped, antialiased"],
+image_grid([squashed, aliased, cropped], columns=3, scale=6, column_labels=["squashed", "cropped, no antialiasing", "cropped, antialiased"],
            alt="The same flower three times: squashed to half its width; cropped with jagged edges; cropped and smooth")
 
 # %% [markdown]

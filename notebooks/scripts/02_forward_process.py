@@ -29,7 +29,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from torch.testing import assert_close
 
 from noisout_nb.data import load_data
-from noisout_nb.display import filmstrip, image_grid, plot_histograms, plot_lines, side_by_side
+from noisout_nb.display import filmstrip, image_grid, plot_histograms, plot_lines, stack
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule, linear_beta_schedule
 from noisout_nb.profiles import get_profile
 
@@ -235,11 +235,11 @@ assert_close(betas, linear_beta_schedule(T))
 
 # %%
 processes = {"linear": process, "cosine": GaussianDiffusion(cosine_beta_schedule(T))}
-half = {"x_label": "t", "size": (405, 300)}
-side_by_side(
+half = {"x_label": "t", "size": (720, 230)}
+stack(
     plot_lines({n: p.betas for n, p in processes.items()}, y_label="$\\beta_t$", log_y=True, **half),
     plot_lines({n: p.alphas_cumprod for n, p in processes.items()}, y_label="$\\bar\\alpha_t$", **half),
-    alt="Left, betas on a log axis: both rise, the cosine's to nearly 1 at the end. Right, alpha bar: the linear "
+    alt="Above, betas on a log axis: both rise, the cosine's to nearly 1 at the end. Below, alpha bar: the linear "
     "schedule's is almost 0 from t = 600 on, the cosine's falls evenly",
 )
 
@@ -302,7 +302,7 @@ assert 0.903 < left < 0.905
 # %%
 last = [p.q_sample(flower, torch.tensor([p.timesteps - 1]), same_noise[:1])[0] for p in (ten, process)]
 image_grid(torch.stack([flower[0], *last]), scale=128 // profile.image_size,
-           titles=["$x_0$", "$x_T$ for T = 10", "$x_T$ for T = 1000"],
+           column_labels=["$x_0$", "$x_T$ for T = 10", "$x_T$ for T = 1000"],
            alt="The flower; the flower after 10 steps, still plain to see; pure noise after 1000 steps")
 
 # %% [markdown]
@@ -661,7 +661,7 @@ assert 3.4 < ratio < 4.6
 
 # %% tags=["solution"]
 image_grid(torch.cat([noisy, averaged]), scale=128 // profile.image_size,
-           titles=["small, t = 499", "large, t = 499, averaged"],
+           column_labels=["small", "large, averaged"],
            alt="The small noisy flower, and the averaged large one, which is much clearer at the same t")
 
 # %% [markdown]

@@ -202,7 +202,7 @@ assert torch.equal(F.pixel_shuffle(folded, 2), flower)
 
 # %%
 quarters = folded[0].view(3, 4, *folded.shape[2:]).transpose(0, 1)
-image_grid([F.interpolate(q[None], scale_factor=2)[0] for q in quarters], columns=4, titles=["pixel 0, 0", "pixel 0, 1", "pixel 1, 0", "pixel 1, 1"],
+image_grid([F.interpolate(q[None], scale_factor=2)[0] for q in quarters], columns=4, column_labels=["pixel 0, 0", "pixel 0, 1", "pixel 1, 0", "pixel 1, 1"],
            alt="A flower's four folded pictures: the same flower four times at half the resolution, each shifted by one pixel")
 
 # %% [markdown]
