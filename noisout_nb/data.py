@@ -4,9 +4,10 @@ Both come as a `FlowerImages` data set: every picture decoded once and kept as u
 a JPEG again. An item is `(image, label)` with the image as float32 in [-1, 1], the range that diffusion works in.
 """
 
+import difflib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -244,6 +245,20 @@ def _paint(size: int, labels: Tensor, factors: dict[str, Tensor]) -> Tensor:
     dome = centre_rgb[:, :, None, None] * ((1.15 - 0.55 * (r / centre) ** 2).clamp(min=0.4) * grain).unsqueeze(1) * light
     picture = over(picture, (centre - r) * f["radius"] / (2 * soft) + 0.5, dome.clamp(0, 1))
     return torch.nn.functional.avg_pool2d(picture.clamp(0, 1), 2) * 2 - 1
+
+
+def species_labels(names: str | Sequence[str], classes: Sequence[str]) -> Tensor:
+    """int64 labels of one species or several, by name. An unknown one raises ValueError and suggests the nearest.
+
+    >>> species_labels(["daisy", "cosmos"], tuple(SPECIES)).tolist()
+    [0, 3]
+    """
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        if name not in classes:
+            near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5) or sorted(classes)[:3]
+            raise ValueError(f"unknown species {name!r}: did you mean {' or '.join(map(repr, near))}? All {len(classes)} are in `classes`")
+    return torch.tensor([classes.index(name) for name in names])
 
 
 def load_data(profile, split: str = "train") -> FlowerImages:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 PREDICTIONS = ("eps", "v")
+VARIANCES = ("posterior", "learned")
 
 
 def linear_beta_schedule(timesteps: int = 1000) -> Tensor:
@@ -45,21 +46,24 @@ class GaussianDiffusion(nn.Module):
     """The tables of one noise schedule and the closed forms built on them.
 
     `betas`: (T,), each in (0, 1). `prediction`: what the network's output means, "eps" (the noise, Ho et al. 2020)
-    or "v" (Salimans & Ho 2022). `timestep_map`: int64 (T,), the t that the network is told at each step; only a
+    or "v" (Salimans & Ho 2022). `variance`: that of a step back, the "posterior" one (beta tilde, eq. 7), or "learned": then
+    the network answers with twice as many channels, see `split_output`. `timestep_map`: int64 (T,), the t that the network is told at each step; only a
     respaced process has one that differs from 0..T-1.
 
     All tables are computed in float64 and kept in float32; they are buffers, so `.to(device)` moves them, and they
     are no part of the state_dict. Every method takes `t` as int64 (B,) in 0..T-1 and pictures as (B, ...) tensors.
     """
 
-    def __init__(self, betas: Tensor, prediction: str = "eps", timestep_map: Tensor | None = None):
+    def __init__(self, betas: Tensor, prediction: str = "eps", timestep_map: Tensor | None = None, variance: str = "posterior"):
         super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be one row of numbers strictly between 0 and 1; see linear_beta_schedule()")
         if prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction {prediction!r}: choose one of {PREDICTIONS}")
-        self.prediction = prediction
+        if variance not in VARIANCES:
+            raise ValueError(f"unknown variance {variance!r}: choose one of {VARIANCES}")
+        self.prediction, self.variance = prediction, variance
         self.timesteps = len(betas)
         self.exact_alphas_cumprod = torch.cumprod(1 - betas, 0)  # float64, for building other tables
 
@@ -71,6 +75,7 @@ class GaussianDiffusion(nn.Module):
             "alphas": 1 - betas,
             "alphas_cumprod": alphas_cumprod,
             "alphas_cumprod_prev": alphas_cumprod_prev,
+            "posterior_log_variance": torch.cat([posterior_variance[1:2] if len(betas) > 1 else betas, posterior_variance[1:]]).log(),
             "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
             "posterior_variance": posterior_variance,
@@ -149,6 +154,32 @@ class GaussianDiffusion(nn.Module):
         convert = self.predict_start_from_noise if self.prediction == "eps" else self.predict_start_from_v
         return convert(x_t, t, output)
 
+    def split_output(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output -> its answer, shaped like x_t, and the second half of the channels for a learned variance.
+
+        Raises ValueError where the number of channels does not fit `variance`.
+        """
+        channels = x_t.shape[1]
+        needed = 2 * channels if self.variance == "learned" else channels
+        if output.shape[1] != needed:
+            raise ValueError(
+                f"the network answers with {output.shape[1]} channels, but variance={self.variance!r} needs {needed} for pictures "
+                f"of {channels}: build UNet(out_channels={needed}), or choose the other one of {VARIANCES}"
+            )
+        return (output[:, :channels], output[:, channels:]) if self.variance == "learned" else (output, None)
+
+    def p_log_variance(self, x_t: Tensor, t: Tensor, fraction: Tensor | None = None) -> Tensor:
+        """Log variance of p(x_{t-1} | x_t): the posterior's, or between it and beta_t's, which is as large as it can be.
+
+        `fraction`, the output's second half, in -1..1: log variance = v log beta_t + (1 - v) log beta tilde_t with
+        v = (fraction + 1) / 2 (Nichol & Dhariwal 2021, eq. 15). At t = 0, where beta tilde is 0, that of t = 1 stands in.
+        """
+        low = self.extract(self.posterior_log_variance, t, x_t.ndim)
+        if fraction is None:
+            return low
+        v = (fraction.float() + 1) / 2
+        return v * self.extract(self.betas, t, x_t.ndim).log() + (1 - v) * low
+
     def respace(self, steps: int) -> "GaussianDiffusion":
         """The same process seen at only `steps` of its T times, spaced evenly and ending at T-1 ("trailing").
 
@@ -161,5 +192,5 @@ class GaussianDiffusion(nn.Module):
         kept = kept.round().long() - 1
         alphas_cumprod = self.exact_alphas_cumprod[kept]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        respaced = GaussianDiffusion(1 - alphas_cumprod / previous, self.prediction, self.timestep_map.cpu()[kept])
+        respaced = GaussianDiffusion(1 - alphas_cumprod / previous, self.prediction, self.timestep_map.cpu()[kept], self.variance)
         return respaced.to(self.betas.device)

@@ -38,12 +38,13 @@ class Profile:
     label_dropout: float
     guidance_scale: float
     sample_steps: int
+    variance: str = "posterior"
 
     @property
     def network(self) -> dict:
         """The UNet's arguments; `num_classes` is added where the data set is at hand."""
         names = ("image_size", "patch_size", "channels", "channel_mults", "num_res_blocks", "attention_resolutions", "dropout")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"out_channels": 6 if self.variance == "learned" else 3}
 
     @property
     def runs(self) -> Path:

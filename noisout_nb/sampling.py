@@ -28,8 +28,12 @@ class State:
 def predict_start_and_noise(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor,
                             y: Tensor | None = None, clip: bool = True) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The network's x_0, clamped to [-1, 1], and the noise that agrees with it, both float32 like x."""
-    output = model(x, process.timestep_map[t], y)
-    x_start = process.predict_start(x, t, output)
+    answer, _ = process.split_output(model(x, process.timestep_map[t], y), x)
+    return _start_and_noise(process, x, t, answer, clip)
+
+
+def _start_and_noise(process: GaussianDiffusion, x: Tensor, t: Tensor, answer: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
+    x_start = process.predict_start(x, t, answer)
     if clip:
         x_start = x_start.clamp(-1, 1)
     return x_start, process.predict_noise_from_start(x, t, x_start)
@@ -39,10 +43,14 @@ def p_mean_variance(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: 
                     y: Tensor | None = None, clip: bool = True) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Mean and variance of p(x_{t-1} | x_t), and the predicted x_0: the posterior of eq. 7 with the network's x_0.
 
-    The variance, (B, 1, ..., 1), is the posterior's, eq. 7: 0 at t = 0. Without `clip` the mean is that of eq. 11.
+    The variance is the posterior's, eq. 7, (B, 1, ..., 1) and 0 at t = 0, or the learned one, shaped like x. Without `clip`
+    the mean is that of eq. 11.
     """
-    x_start, _ = predict_start_and_noise(model, process, x, t, y, clip)
+    answer, fraction = process.split_output(model(x, process.timestep_map[t], y), x)
+    x_start, _ = _start_and_noise(process, x, t, answer, clip)
     mean, variance = process.q_posterior_mean_variance(x_start, x, t)
+    if fraction is not None:
+        variance = process.p_log_variance(x, t, fraction).exp()
     return mean, variance, x_start
 
 
@@ -60,7 +68,7 @@ def _visit(model: nn.Module, process: GaussianDiffusion, x: Tensor) -> Iterator[
 @torch.no_grad()
 def ddpm(model: nn.Module, process: GaussianDiffusion, x_T: Tensor, y: Tensor | None = None, *,
          steps: int | None = None, generator: torch.Generator | None = None) -> Iterator[State]:  # fmt: skip
-    """Algorithm 2 of Ho et al. 2020, with the posterior variance; all T steps unless `steps` says fewer."""
+    """Algorithm 2 of Ho et al. 2020, with the process's variance; all T steps unless `steps` says fewer."""
     process, x = process.respace(steps or process.timesteps), x_T
     for i, t in _visit(model, process, x):
         mean, variance, x_start = p_mean_variance(model, process, x, t, y)

@@ -22,12 +22,48 @@ def simple_loss(model: nn.Module, process: GaussianDiffusion, x_start: Tensor, t
                 y: Tensor | None = None, autocast: bool = False) -> Tensor:  # fmt: skip
     """L_simple, the mean squared error of the network's answer (Ho et al. 2020, eq. 14): a float32 scalar.
 
+    With a learned variance it is L_hybrid = L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, eq. 16): L_vlb is a sum over
+    all T terms, so that one random t stands for T of them. There the answer is detached: the bound teaches the variance alone.
     `autocast` runs the network, and only the network, in bfloat16; x_t, target and loss stay in float32.
     """
     x_t = process.q_sample(x_start, t, noise)
     with torch.autocast(x_start.device.type, torch.bfloat16, enabled=autocast):
         output = model(x_t, t, y)
-    return F.mse_loss(output.float(), process.training_target(x_start, t, noise))
+    answer, fraction = process.split_output(output.float(), x_t)
+    loss = F.mse_loss(answer, process.training_target(x_start, t, noise))
+    if fraction is not None:
+        bound = variational_bound_term(process, x_start, x_t, t, torch.cat([answer.detach(), fraction], dim=1))
+        loss = loss + process.timesteps / 1000 * bound.mean()
+    return loss
+
+
+def variational_bound_term(process: GaussianDiffusion, x_start: Tensor, x_t: Tensor, t: Tensor, output: Tensor,
+                           clip: bool = False) -> Tensor:  # fmt: skip
+    """L_t of the variational bound (Ho et al. 2020, eq. 5) for the network's `output` at x_t: float32 (B,), bits per dimension.
+
+    For t > 0 the Kullback-Leibler distance of p(x_{t-1} | x_t) from the true posterior; at t = 0 the surprise of the
+    discretised decoder at x_0. `clip` clamps the predicted x_0 to [-1, 1], as sampling does.
+    """
+    answer, fraction = process.split_output(output, x_t)
+    predicted = process.predict_start(x_t, t, answer)
+    mean, _ = process.q_posterior_mean_variance(predicted.clamp(-1, 1) if clip else predicted, x_t, t)
+    log_variance = process.p_log_variance(x_t, t, fraction)
+    true_mean, _ = process.q_posterior_mean_variance(x_start, x_t, t)
+    gap = process.extract(process.posterior_log_variance, t, x_t.ndim) - log_variance
+    kl = 0.5 * (gap.exp() - 1 - gap + (true_mean - mean) ** 2 * (-log_variance).exp())
+    nll = -discretized_gaussian_log_likelihood(x_start, mean, (0.5 * log_variance).exp())
+    return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log probability of each 8-bit value x in [-1, 1] under a Gaussian, in nats (Ho et al. 2020, eq. 13), shaped like x.
+
+    A value owns the interval of half a grey level to both sides, the darkest and the brightest all that lies beyond.
+    """
+    above = torch.special.ndtr((x + 1 / 255 - mean) / std)
+    below = torch.special.ndtr((x - 1 / 255 - mean) / std)
+    above, below = above.where(x < 0.999, 1.0), below.where(x > -0.999, 0.0)
+    return (above - below).clamp(min=1e-12).log()
 
 
 class EMA:
@@ -262,5 +298,6 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, Ga
     model = UNet(**card["network"])
     model.load_state_dict(weights)
     profile = card["profile"]
-    process = GaussianDiffusion(SCHEDULES[profile["schedule"]](profile["timesteps"]), profile["prediction"])
+    betas = SCHEDULES[profile["schedule"]](profile["timesteps"])
+    process = GaussianDiffusion(betas, profile["prediction"], variance=profile.get("variance", "posterior"))
     return model.to(device).eval(), process.to(device), tuple(card["classes"])

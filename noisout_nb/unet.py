@@ -46,34 +46,44 @@ class ResBlock(nn.Module):
     """Two convolutions around a residual sum: x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H, W).
 
     The time enters by scale and shift of the second norm, h (1 + scale) + shift: the "adaptive group
-    normalisation" of Dhariwal & Nichol 2021, sec. 3.1.
+    normalisation" of Dhariwal & Nichol 2021, sec. 3; without `scale_shift_norm` it is added before that norm, as in Ho
+    et al. 2020. `resample`, "down" or "up", halves or doubles the sides of both branches on the way (BigGAN's block).
+    `rescale_residual` divides the sum by sqrt(2), so that its variance does not grow with depth.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float = 0.0):
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float = 0.0, *,
+                 scale_shift_norm: bool = True, resample: str | None = None, rescale_residual: bool = False):  # fmt: skip
         super().__init__()
+        self.scale_shift_norm, self.rescale_residual = scale_shift_norm, rescale_residual
+        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb_proj = nn.Linear(emb_channels, 2 * out_channels)
+        self.emb_proj = nn.Linear(emb_channels, (1 + scale_shift_norm) * out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.emb_proj(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
-        h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        emb = self.emb_proj(F.silu(emb))[:, :, None, None]
+        if self.scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.skip(self.resample(x)) + self.conv2(self.dropout(F.silu(h)))
+        return h / math.sqrt(2) if self.rescale_residual else h
 
 
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over all positions, with a residual sum: (B, channels, H, W) -> the same shape."""
 
-    def __init__(self, channels: int, head_channels: int = 32):
+    def __init__(self, channels: int, head_channels: int = 32, rescale_residual: bool = False):
         super().__init__()
         if channels % head_channels:
             raise ValueError(f"{channels} channels cannot be shared out among heads of {head_channels}: it must divide them")
-        self.heads = channels // head_channels
+        self.heads, self.rescale_residual = channels // head_channels, rescale_residual
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
@@ -83,44 +93,43 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, positions, channels of a head)
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(h.transpose(-1, -2).reshape(b, c, height, width))
+        h = x + self.proj(h.transpose(-1, -2).reshape(b, c, height, width))
+        return h / math.sqrt(2) if self.rescale_residual else h
 
 
 class Block(nn.Module):
-    """A residual block, followed by attention where `attention` says so."""
+    """A residual block, followed by attention or by nothing (an Identity)."""
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float, attention: int | None):
+    def __init__(self, res: ResBlock, attention: nn.Module):
         super().__init__()
-        self.res = ResBlock(in_channels, out_channels, emb_channels, dropout)
-        self.attention = nn.Identity() if attention is None else AttentionBlock(out_channels, attention)
+        self.res, self.attention = res, attention
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.attention(self.res(x, emb))
 
 
 class Downsample(nn.Conv2d):
-    """A convolution of stride 2: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """A convolution of stride 2: (B, C, H, W) -> (B, C, H/2, W/2). Takes the embedding, as a block does, and ignores it."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
 
 class Upsample(nn.Conv2d):
-    """Each pixel doubled both ways, then a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    """Each pixel doubled both ways, then a convolution: (B, C, H, W) -> (B, C, 2H, 2W). Ignores the embedding."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-class UNet(nn.Module):
-    """The denoiser of Ho et al. 2020 with the residual block of Dhariwal & Nichol 2021.
-
-    `model(x, t, y=None)`: x (B, in_channels, H, W) float, t (B,) int64, y (B,) int64 labels in 0..num_classes-1 or
-    None -> (B, out_channels, H, W) float32. With `num_classes`, one more embedding stands for "no label": y None and
-    the label `null_label` (= num_classes) mean it.
+class Encoder(nn.Module):
+    """The half of the UNet that goes down, and its middle: what it sees in a noisy picture.
 
     - `image_size`: the side it is trained at; it only says at which level an attention resolution lies.
       Any H and W divisible by `size_multiple` will do.
@@ -129,17 +138,19 @@ class UNet(nn.Module):
     - `channels`, `channel_mults`: width of the first level, and of each level in units of it. Every level after
       the first has half the resolution.
     - `num_res_blocks`: residual blocks a level (one more on the way up).
-    - `attention_resolutions`: sides, in network pixels (image_size / patch_size / 2^level), that get attention;
-      the bottom level's middle always has it.
+    - `attention_resolutions`: sides, in network pixels (image_size / patch_size / 2^level), that get attention, in
+      heads of `head_channels`; the bottom level's middle always has it.
+    - `scale_shift_norm`, `resblock_updown`, `rescale_residual`: choices of Dhariwal & Nichol 2021, sec. 3: how the time
+      enters a residual block, whether BigGAN's residual blocks change the resolution instead of single
+      convolutions, and whether every residual sum is divided by sqrt(2).
 
-    The arguments are kept in `config`, so that `UNet(**model.config)` builds the same network again.
-    Raises ValueError for sizes, labels or arguments that do not fit.
+    The arguments are kept in `config`. Raises ValueError for arguments that do not fit.
     """
 
-    def __init__(self, image_size: int = 32, in_channels: int = 3, out_channels: int = 3, channels: int = 64,
-                 channel_mults: tuple[int, ...] = (1, 2, 2), num_res_blocks: int = 2,
-                 attention_resolutions: tuple[int, ...] = (8,), head_channels: int = 32, dropout: float = 0.0,
-                 num_classes: int | None = None, patch_size: int = 1):  # fmt: skip
+    def __init__(self, image_size: int = 32, in_channels: int = 3, channels: int = 64, channel_mults: tuple[int, ...] = (1, 2, 2),
+                 num_res_blocks: int = 2, attention_resolutions: tuple[int, ...] = (8,), head_channels: int = 32,
+                 dropout: float = 0.0, num_classes: int | None = None, patch_size: int = 1, scale_shift_norm: bool = True,
+                 resblock_updown: bool = False, rescale_residual: bool = False):  # fmt: skip
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.num_classes, self.patch_size = num_classes, patch_size
@@ -160,76 +171,109 @@ class UNet(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + 1, emb_channels)
 
-        def block(in_channels: int, out_channels: int, side: int) -> Block:
-            attention = head_channels if side in attention_resolutions else None
-            return Block(in_channels, out_channels, emb_channels, dropout, attention)
-
-        widths = [channels * mult for mult in channel_mults]
+        self.widths, self.sides = [channels * mult for mult in channel_mults], sides
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
-        skips, width = [channels], channels  # widths of what the way down leaves for the way up
+        self.skip_widths, width = [channels], channels  # of what the way down leaves for the way up
         self.down = nn.ModuleList()
-        for level, (level_width, side) in enumerate(zip(widths, sides)):
+        for level, level_width in enumerate(self.widths):
             for _ in range(num_res_blocks):
-                self.down.append(block(width, level_width, side))
+                self.down.append(self._block(width, level_width, level))
                 width = level_width
-                skips.append(width)
-            if level < len(widths) - 1:
-                self.down.append(Downsample(width))
-                skips.append(width)
+                self.skip_widths.append(width)
+            if level < len(self.widths) - 1:
+                self.down.append(self._resample(width, "down"))
+                self.skip_widths.append(width)
 
-        self.middle1 = ResBlock(width, width, emb_channels, dropout)
-        self.middle_attention = AttentionBlock(width, head_channels)
-        self.middle2 = ResBlock(width, width, emb_channels, dropout)
+        self.middle1 = self._res_block(width, width)
+        self.middle_attention = AttentionBlock(width, head_channels, rescale_residual)
+        self.middle2 = self._res_block(width, width)
 
-        self.up = nn.ModuleList()
-        for level, (level_width, side) in reversed(list(enumerate(zip(widths, sides)))):
-            for _ in range(num_res_blocks + 1):
-                self.up.append(block(width + skips.pop(), level_width, side))
-                width = level_width
-            if level > 0:
-                self.up.append(Upsample(width))
+    def _res_block(self, in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+        options = {name: self.config[name] for name in ("dropout", "scale_shift_norm", "rescale_residual")}
+        return ResBlock(in_channels, out_channels, 4 * self.config["channels"], resample=resample, **options)
 
-        self.norm_out = group_norm(width)
-        self.conv_out = zero_init(nn.Conv2d(width, out_channels * patch_size**2, 3, padding=1))
+    def _block(self, in_channels: int, out_channels: int, level: int) -> Block:
+        attention = nn.Identity()
+        res = self._res_block(in_channels, out_channels)
+        if self.sides[level] in self.config["attention_resolutions"]:
+            attention = AttentionBlock(out_channels, self.config["head_channels"], self.config["rescale_residual"])
+        return Block(res, attention)
+
+    def _resample(self, width: int, direction: str) -> nn.Module:
+        if self.config["resblock_updown"]:
+            return self._res_block(width, width, direction)
+        return Downsample(width) if direction == "down" else Upsample(width)
 
     def _check_size(self, height: int, width: int) -> None:
         if height < 1 or width < 1 or height % self.size_multiple or width % self.size_multiple:
             raise ValueError(
-                f"pictures of {height} x {width}: this UNet halves the side {int(math.log2(self.size_multiple / self.patch_size))} "
+                f"pictures of {height} x {width}: this network halves the side {int(math.log2(self.size_multiple / self.patch_size))} "
                 f"times and folds patches of {self.patch_size}, so both sides must be multiples of {self.size_multiple}"
             )
 
     def _check_input(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x has the shape {tuple(x.shape)}: this UNet takes (B, {self.in_channels}, H, W)")
+            raise ValueError(f"x has the shape {tuple(x.shape)}: this network takes (B, {self.in_channels}, H, W)")
         self._check_size(*x.shape[2:])
         if t.shape != x.shape[:1]:
             raise ValueError(f"t has the shape {tuple(t.shape)}: one time a picture, ({len(x)},), is needed")
         if y is None:
             return
         if self.num_classes is None:
-            raise ValueError("labels were given, but this UNet has none: build it with num_classes or leave y out")
-        if y.shape != x.shape[:1] or y.dtype != torch.int64:
-            raise ValueError(f"y is {y.dtype} of shape {tuple(y.shape)}: it must be int64 of shape ({len(x)},)")
-        if len(y) and not (0 <= y.min() and y.max() <= self.num_classes):
-            raise ValueError(
-                f"labels run from {int(y.min())} to {int(y.max())}, outside 0..{self.num_classes - 1} "
-                f"({self.num_classes} stands for 'no label')"
-            )
+            raise ValueError("labels were given, but this network has none: build it with num_classes or leave y out")
+        check_labels(y, len(x), self.num_classes, self.null_label)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def encode(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """What comes out of the middle (B, widths[-1], h, w), the skip connections, and the embedding of t and y."""
         self._check_input(x, t, y)
         emb = self.time_mlp(t)
         if self.num_classes is not None:
             emb = emb + self.label_emb(torch.full_like(t, self.null_label) if y is None else y)
-
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         skips = [h]
         for module in self.down:
-            h = module(h, emb) if isinstance(module, Block) else module(h)
+            h = module(h, emb)
             skips.append(h)
-        h = self.middle2(self.middle_attention(self.middle1(h, emb)), emb)
+        return self.middle2(self.middle_attention(self.middle1(h, emb)), emb), skips, emb
+
+
+def check_labels(y: Tensor, count: int, num_classes: int, null_label: int | None = None) -> None:
+    """Raises ValueError unless y is int64 (count,) and each in 0..num_classes-1 or the `null_label`."""
+    if y.shape != (count,) or y.dtype != torch.int64:
+        raise ValueError(f"y is {y.dtype} of shape {tuple(y.shape)}: it must be int64 of shape ({count},)")
+    highest = num_classes - 1 if null_label is None else null_label
+    if count and not (0 <= y.min() and y.max() <= highest):
+        null = "" if null_label is None else f" ({null_label} stands for 'no label')"
+        raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, outside 0..{num_classes - 1}{null}")
+
+
+class UNet(Encoder):
+    """The denoiser of Ho et al. 2020 with the residual block of Dhariwal & Nichol 2021, and their other choices as options.
+
+    `model(x, t, y=None)`: x (B, in_channels, H, W) float, t (B,) int64, y (B,) int64 labels in 0..num_classes-1 or
+    None -> (B, out_channels, H, W) float32. With `num_classes`, one more embedding stands for "no label": y None and
+    the label `null_label` (= num_classes) mean it. For a learned variance `out_channels` is twice `in_channels`.
+    The other arguments are `Encoder`'s; `UNet(**model.config)` builds the same network again.
+    Raises ValueError for sizes, labels or arguments that do not fit.
+    """
+
+    def __init__(self, out_channels: int = 3, **encoder):
+        super().__init__(**encoder)
+        self.config |= {"out_channels": out_channels}
+        skip_widths, width = [*self.skip_widths], self.widths[-1]
+        self.up = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(self.widths))):
+            for _ in range(self.config["num_res_blocks"] + 1):
+                self.up.append(self._block(width + skip_widths.pop(), level_width, level))
+                width = level_width
+            if level > 0:
+                self.up.append(self._resample(width, "up"))
+        self.norm_out = group_norm(width)
+        self.conv_out = zero_init(nn.Conv2d(width, out_channels * self.patch_size**2, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        h, skips, emb = self.encode(x, t, y)
         for module in self.up:
-            h = module(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(module, Block) else module(h)
+            h = module(torch.cat([h, skips.pop()], dim=1) if isinstance(module, Block) else h, emb)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch_size).float()
