@@ -213,15 +213,19 @@ with torch.random.fork_rng():
 
 # %%
 torch.nn.init.normal_(network.conv_out.weight, std=0.1, generator=torch.Generator(device).manual_seed(0))
-simple_loss(network, learned, x_0, t, noise).backward()
+loss = simple_loss(network, learned, x_0, t, noise)
+loss.backward()
 hybrid_gradient = network.conv_out.weight.grad.view(6, -1).clone()  # of the 3 answer channels and the 3 variance ones
 
 # %%
 network.zero_grad()
-F.mse_loss(network(x_t, t)[:, :3], learned.predict_v(x_0, t, noise)).backward()
+output = network(x_t, t)
+simple = F.mse_loss(output[:, :3], learned.predict_v(x_0, t, noise))
+simple.backward()
 simple_gradient = network.conv_out.weight.grad.view(6, -1)
 
 # %%
+assert_close(loss, simple + variational_bound_term(learned, x_0, x_t, t, output).mean())
 assert_close(hybrid_gradient[:3], simple_gradient[:3], rtol=1e-3, atol=1e-6)
 assert (simple_gradient[3:] == 0).all() and (hybrid_gradient[3:] != 0).any()
 
@@ -403,6 +407,15 @@ t = torch.full((256,), 800, device=device)
 x_t = process.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(device))
 steering = ClassifierGuidance(network, process, classifier, 1.0)
 gradient = torch.stack([steering.gradient(x_t, t, label.expand(256)).mean(0) for label in six])
+
+# %% [markdown]
+# Where one species gains, the others lose: weighted with their probabilities, the gradients towards all species cancel.
+
+# %%
+x, t_one = x_t[:1].repeat(len(classes), 1, 1, 1), t[: len(classes)]
+probability = classifier(x, t_one)[0].softmax(0).view(-1, 1, 1, 1)
+towards_all = steering.gradient(x, t_one, torch.arange(len(classes), device=device))
+assert (probability * towards_all).sum(0).abs().max() < 1e-3 * towards_all.abs().max()
 
 # %%
 gradient = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
