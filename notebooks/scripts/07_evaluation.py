@@ -259,7 +259,7 @@ stack(*(plot_histograms({"real": known[name], "samples": shown[name]}, x_label=n
       alt="Histograms of size, background, colour and number of petals for real pictures and samples: sizes and backgrounds of the samples vary less than the real ones")
 
 # %% [markdown]
-# (The petals are those of the species that the classifier sees.) All species are there in the right proportions. But sizes and backgrounds vary less than they should: two minutes of training taught the network
+# (The petals are those of the species that the classifier sees.) All species are there, though some of the cosmos, which has 8 petals, are taken for others. And sizes and backgrounds vary less than they should: two minutes of training taught the network
 # the typical flower before its extremes. That was invisible in the grid of samples.
 
 # %%
