@@ -15,7 +15,7 @@ class Profile:
 
     `dataset`: "procedural" or "flowers102". `train_images`: how many flowers to draw (procedural only).
     The fields from `patch_size` to `dropout` are the UNet's arguments, the next three the GaussianDiffusion's,
-    those from `batch_size` on the training's; `guidance_scale` and `sample_steps` are used to draw the final pictures.
+    those from `batch_size` on the training's; `variance` is the GaussianDiffusion's, too; `guidance_scale` and `sample_steps` are used to draw the final pictures.
     """
 
     name: str

@@ -41,7 +41,7 @@ from noisout_nb.guidance import ClassifierFreeGuidance, ClassifierGuidance, Nois
 from noisout_nb.profiles import REPOSITORY, get_device, get_profile
 from noisout_nb.sampling import SAMPLERS, dpm_solver, p_mean_variance, sample_image
 from noisout_nb.training import EMA, Batches, discretized_gaussian_log_likelihood, load_model, simple_loss, train, variational_bound_term
-from noisout_nb.unet import UNet
+from noisout_nb.unet import ResBlock, UNet
 
 # %%
 torch.manual_seed(0)
@@ -315,11 +315,22 @@ for name, variant in variants.items():
     parameters = sum(p.numel() for p in variant.parameters())
     print(f"{name:12} {parameters:9,} parameters {counter.get_total_flops() / 8e6:7.1f} million FLOPs for a picture")
 
+# %% [markdown]
+# A new residual block is one that does nothing, since its last convolution starts at zero. So what the options do to the sum shows at once:
+
+# %%
+x, emb = torch.randn(2, 16, 8, 8), torch.randn(2, 64)
+assert_close(ResBlock(16, 16, 64)(x, emb), x)
+assert_close(ResBlock(16, 16, 64, rescale_residual=True)(x, emb), x / 2**0.5)
+assert_close(ResBlock(16, 16, 64, resample="down")(x, emb), F.avg_pool2d(x, 2))
 
 # %% [markdown]
 # The time of a training step, forward and back, depends on the machine. We take turns, so that a machine that is busy for a moment treats all alike, and draw the ratio to the base.
 
 # %%
+x, t = torch.randn(8, *shape, device=device), torch.full((8,), 500, device=device)
+
+
 def seconds(variant):
     start = time.perf_counter()
     variant(x, t).square().mean().backward()
