@@ -203,8 +203,8 @@ for mean, std in ((0.3, 0.02), (-0.99, 0.1), (1.2, 0.3)):
     assert abs(total - 1) < 1e-4
 
 # %% [markdown]
-# The hybrid loss is $L_\text{simple} + 0.001\, L_\text{vlb}$. $L_\text{vlb}$ is a sum over all $T$ terms, and one random $t$ stands for all of them: the factor before it is $T / 1000$, so 1 here. (Forget the $T$, as a
-# much-used implementation did, and the variance learns a thousand times too slowly.) And the bound may teach only the variance: it would disturb the mean. So through it
+# The hybrid loss is $L_\text{simple} + 0.001\, L_\text{vlb}$. $L_\text{vlb}$ is a sum over all $T$ terms, and one random $t$ stands for all of them: the factor before it is $T / 1000$, so 1 here. (Forget the $T$,
+# and the variance learns a thousand times too slowly.) And the bound may teach only the variance: it would disturb the mean. So through it
 # no gradient reaches the answer:
 
 # %%
@@ -597,7 +597,7 @@ image_grid(row.cpu(), column_labels=[f"scale {s:.0f}" for s in scales], alt="Eig
 
 
 # %% [markdown]
-# 2. Guidance is needed while it is being decided *what* the picture shows. Write a wrapper `guide_early` that guides (scale 4) only at $t > 400$, and asks the network with its label
+# 2. Guidance is needed while it is being decided *what* the picture shows. Write a wrapper `GuideEarly` that guides (scale 4) only at $t > 400$, and asks the network with its label
 # but without guidance later. Are the colours less glaring?
 
 # %% tags=["exercise"]

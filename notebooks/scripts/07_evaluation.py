@@ -102,7 +102,7 @@ assert abs(terms[1:].sum() / expected[1:].sum() - 1) < 2e-3
 assert_close(terms[1:].cumsum(0), expected[1:].cumsum(0), rtol=5e-3, atol=0)
 
 # %% [markdown]
-# The 999 terms agree to three digits. Now the network, on held-out flowers. (A few of them; over all, the figure would move in the second decimal.)
+# The 999 terms agree to three digits. Now the network, on held-out flowers. (Eight of them, to save time.)
 
 # %%
 count = 8
@@ -232,7 +232,7 @@ precisions = [row["precision"] for row in table.values()]
 assert precisions == sorted(precisions, reverse=True) or profile.dataset == "flowers102"
 
 # %% [markdown]
-# (On photographs the order of the distances holds as well, but not that of the precisions: among 102 species spread far and wide, nearly any picture lies within reach of some real one. Precision needs thousands of pictures there.)
+# (On photographs, see the [model card](../models/README.md), the order of the distances holds as well, but not that of the precisions: among 102 species spread far and wide, nearly any picture lies within reach of some real one. Precision needs thousands of pictures there.)
 
 # %%
 points = lambda key, floor=1e-3: [max(row[key], floor) for row in table.values()]
@@ -320,7 +320,7 @@ plot_histograms({"held-out pictures": ratio(real_ones), "samples": ratio(samples
                 alt="Histograms of the ratio: the samples lie near 1, held-out pictures mostly between 0.5 and 0.9, the copies at 0")
 
 # %% [markdown]
-# And yet by Fréchet distance, precision and recall against the pictures that it knows, the copyist would be the best model of all. So a number on quality without this check proves little.
+# None of the other instruments asks where a sample comes from. So a number on quality without this check proves little.
 #
 # ## What does quality cost?
 #
@@ -358,14 +358,14 @@ stack(
 # %% [markdown]
 # A call costs the same in all three, so both plots look alike. The deterministic two are nearly at their best with five calls; what is missing to the real pictures is the network's fault, and more calls do not mend it. (80 samples each make all distances, the real pictures' too, larger than those above with 256: compare only equal numbers.)
 #
-# And the moving average of stage 4? We compare the beginner with and without it. At the end of a training whose learning rate falls to zero the two are close; the average matters midway.
+# And the moving average of stage 4? We compare the beginner with and without it. At the end of a training whose learning rate falls to zero the two are close:
 
 # %%
 with_average, without = table["beginner"]["Fréchet"], measure(sampled(beginner))["Fréchet"]
 assert 0.5 < with_average / without < 2
 
 # %% [markdown]
-# Last, guidance, seen through these instruments. The more the species counts, the fewer of the real pictures does the model still reach: recall falls. On a large network precision rises meanwhile; on ours the glaring colours of
+# Last, guidance, seen through these instruments. The more the species counts, the fewer of the real pictures does the model still reach: recall falls. In the paper's large networks precision rises meanwhile; in ours the glaring colours of
 # high scales spoil that, too.
 
 # %%
