@@ -11,6 +11,9 @@ run: $(READY)  ## the whole path on one page: flowers, network, training, sample
 test: $(READY)  ## execute every notebook and compare its outputs; doctests; the repository's own checks
 	.venv/bin/python -m pytest
 
+browser: $(READY)  ## run every notebook in a headless Chromium and move its widgets (Debian: apt install chromium chromium-driver)
+	.venv/bin/python -m pytest .ci/browser.py -s
+
 lab: $(READY)  ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
 
@@ -29,4 +32,4 @@ $(READY): requirements.txt pyproject.toml
 	@.venv/bin/python -c 'import matplotlib.font_manager'  # the font cache takes seconds: build it once, here
 	@touch $@
 
-.PHONY: help run test lab record check
+.PHONY: help run test browser lab record check

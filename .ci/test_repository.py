@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import tokenize
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -21,6 +22,15 @@ FILES = sorted(ROOT / name for name in set(LISTED) if name and (ROOT / name).is_
 IPYNB = [path for path in FILES if path.suffix == ".ipynb"]
 PAGES = [path for path in FILES if path.suffix in (".md", ".ipynb")]
 SOURCES = [path for path in FILES if path.parent.name == "noisout_nb" and path.suffix == ".py"]
+URL = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+COLAB, BINDER = (f"{host}{URL.removeprefix('https://github.com/')}/" for host in ("https://colab.research.google.com/github/", "https://mybinder.org/v2/gh/"))
+FETCH = f'''import sys
+
+if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
+    import subprocess
+
+    subprocess.run("test -d noisOut || git clone -q --depth 1 {URL}", shell=True, check=True)
+    sys.path.insert(0, "noisOut")'''
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|tmp|home|Users)/\S*")
 
 
@@ -135,6 +145,22 @@ def test_relative_links_lead_somewhere(path):
     targets = {(a or b).split("#")[0] for a, b in targets if not re.match(r"[a-z]+:|#|//", a or b)}
     known = {*FILES, *(folder for file in FILES for folder in file.parents)}
     assert not [target for target in targets if (path.parent / target).resolve() not in known]
+
+
+@each(IPYNB)
+def test_notebook_opens_on_colab_and_binder(path):
+    first, fetch = cells(path, "markdown")[0].source, cells(path, "code")[0].source
+    for address in (f"{COLAB}blob/main/notebooks/{path.name}", f"{BINDER}main?labpath=notebooks/{path.name}"):
+        assert f"({address})" in first, f"there is no badge that leads to {address}"
+    assert fetch == FETCH, "the first code cell must fetch the repository on Colab, and do nothing elsewhere"
+
+
+@each(PAGES)
+def test_badges_lead_to_notebooks_of_this_repository(path):
+    for address in re.findall(r"https://(?:colab\.research\.google\.com/github|mybinder\.org/v2)/[^)\s]*", markdown(path)):
+        base = next((base for base in (f"{COLAB}blob/main/", f"{BINDER}main?labpath=") if address.startswith(base)), None)
+        assert base, f"{address} is not in {URL}"
+        assert ROOT / address.removeprefix(base) in FILES, f"{address} leads to a file that is not there"
 
 
 @each(FILES)

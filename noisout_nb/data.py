@@ -21,7 +21,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from .profiles import REPOSITORY
+
 SPLITS = {"train": ("train", "test"), "val": ("val",)}  # torchvision's splits behind ours
 
 
@@ -91,19 +92,14 @@ class Flowers102(FlowerImages):
             root.mkdir(parents=True, exist_ok=True)
             parts = [datasets.Flowers102(root, split=part, download=True) for part in SPLITS[split]]
         except Exception as error:  # torchvision raises what its download, unpacking and checks happen to raise
-            raise RuntimeError(
-                f"Flowers102 is not in {root} and could not be downloaded there ({error}). Connect to the network "
-                "and try again, or set NOISOUT_DATA to a folder that holds 'flowers-102', "
-                "or set NOISOUT_PROFILE=quick for the embedded flowers, which need no download."
-            ) from error
+            ways = "set NOISOUT_DATA to a folder that holds 'flowers-102', or set NOISOUT_PROFILE=quick for the embedded flowers, which need no download"
+            raise RuntimeError(f"Flowers102 is not in {root} and could not be downloaded there ({error}). Connect to the network and try again, or {ways}.") from error
         files = [file for part in parts for file in part._image_files]
         labels = torch.tensor([label for part in parts for label in part._labels])
         missing = [file for file in files if not file.exists()]
         if missing:
-            raise RuntimeError(
-                f"Flowers102 in {root} is incomplete: {len(missing)} of {len(files)} photographs are missing, "
-                f"{missing[0].name} for one. Delete the folder {missing[0].parent.parent} and run again to download it anew."
-            )
+            lost = f"{len(missing)} of {len(files)} photographs are missing, {missing[0].name} for one"
+            raise RuntimeError(f"Flowers102 in {root} is incomplete: {lost}. Delete the folder {missing[0].parent.parent} and run again to download it anew.")
         super().__init__(_decode(files, size), labels, datasets.Flowers102.classes)
 
 
@@ -267,11 +263,8 @@ def load_data(profile, split: str = "train") -> FlowerImages:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(map(repr, SPLITS))}")
     if profile.dataset == "flowers102":
         return Flowers102(profile.image_size, split)
-    if profile.dataset == "procedural":
-        if split == "val":
-            return ProceduralFlowers(profile.image_size, VAL_IMAGES, VAL_SEED)
-        return ProceduralFlowers(profile.image_size, profile.train_images)
-    raise ValueError(f"unknown dataset {profile.dataset!r}: choose 'procedural' or 'flowers102'")
+    count, seed = (profile.train_images, 0) if split == "train" else (VAL_IMAGES, VAL_SEED)
+    return ProceduralFlowers(profile.image_size, count, seed)
 
 
 def measure_factors(images: Tensor) -> dict[str, Tensor]:

@@ -1,28 +1,32 @@
-"""Figures for all stages: grids and films of images, curves, heat maps, and a slot that changes while a loop runs.
+"""Figures for all stages: grids and films of images, curves, and widgets whose picture changes.
 
-Every drawing function returns a `Picture`: a PNG together with its description in words. A notebook shows the PNG,
+Every drawing function returns a `Picture`: an image together with its description in words. A notebook shows the PNG,
 a screen reader and a script's `print` give the words. The functions take tensors and plain lists, leave pyplot
 alone, and give the same bytes for the same input. All labels may hold formulas, such as "$x_t$". `size` is a figure's
 width and height in pixels of the page; `alt` is the description, and where it is left out a plain one is made up.
 """
 
+import html
 import io
 import os
+import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from math import ceil
 from pathlib import Path
 
+import ipywidgets as widgets
 import matplotlib.style
 import numpy as np
 import torch
 import torch.nn.functional as F
+import traitlets
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
@@ -44,20 +48,13 @@ styled = matplotlib.style.context(["default", STYLE])  # as a decorator: the rea
 
 
 class Picture:
-    """PNG bytes and their description: what every function here returns, and what a cell may end with.
+    """An image and its description: what every function here returns, and what a cell may end with.
 
-    `png`: the bytes; `alt`: the words, also its `repr`; `width`: the pixels of the page that it takes.
+    `image`: the PIL image, shown at 1 / RATIO of its size; `alt`: the words, also its `repr`.
     """
 
-    def __init__(self, png: bytes, alt: str, width: int):
-        self.png, self.alt, self.width = png, alt, width
-
-    @classmethod
-    def from_image(cls, image: Image.Image, alt: str) -> "Picture":
-        """A PIL image, stored as it is and shown at 1 / RATIO of its size."""
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", optimize=True)  # PIL writes neither version nor date: same pixels, same bytes
-        return cls(buffer.getvalue(), alt, image.width // RATIO)
+    def __init__(self, image: Image.Image, alt: str):
+        self.image, self.alt, self.width = image, alt, image.width // RATIO
 
     @classmethod
     def from_figure(cls, figure: Figure, alt: str, colors: int | None = None, **options) -> "Picture":
@@ -66,23 +63,39 @@ class Picture:
         `colors`: store so many colours at most, up to 256; lines and words look the same in a third of the bytes.
         """
         buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=DPI * RATIO, **options)
+        figure.savefig(buffer, dpi=DPI * RATIO, pil_kwargs={"compress_level": 1}, **options)
         image = Image.open(buffer).convert("RGB")
-        return cls.from_image(image.quantize(colors, dither=Image.Dither.NONE) if colors else image, alt)
+        return cls(image.quantize(colors, dither=Image.Dither.NONE) if colors else image, alt)
+
+    def png(self, **options) -> bytes:
+        """The PNG's bytes, as few as can be: same pixels, same bytes. `compress_level=1` is ten times faster."""
+        buffer = io.BytesIO()
+        self.image.save(buffer, "PNG", **(options or {"optimize": True}))  # PIL writes neither version nor date
+        return buffer.getvalue()
+
+    def marked(self, x: float, y: float | None = None) -> "Picture":
+        """A plot of this module with a line at `x` and, where `y` is given, a dot on it: quick enough to follow a slider."""
+        marked, axes = Picture(self.image.convert("RGB"), self.alt), self.axes
+        pen, height, box = ImageDraw.Draw(marked.image), self.image.height, axes.bbox
+        column, row = axes.transData.transform((x, axes.get_ylim()[0] if y is None else y))
+        pen.line((column, height - box.y0, column, height - box.y1), fill="#444444", width=RATIO)
+        if y is not None:
+            pen.circle((column, height - row), 5 * RATIO, fill="#222222", outline="white", width=RATIO)
+        return marked
 
     def save(self, path: str | Path) -> "Picture":
         """Write the PNG, whole or not at all; makes the folder. Returns the picture, so that a cell may end with it."""
         if Path(path).suffix != ".png":
             raise ValueError(f"cannot save {Path(path).name!r}: a Picture is a PNG, so let the name end in .png")
         with atomic_file(path) as file:
-            file.write(self.png)
+            file.write(self.png())
         return self
 
     def __repr__(self) -> str:
         return self.alt
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        return {"image/png": self.png, "text/plain": self.alt}, {"image/png": {"alt": self.alt, "width": self.width}}
+        return {"image/png": self.png(), "text/plain": self.alt}, {"image/png": {"alt": self.alt, "width": self.width}}
 
 
 @styled
@@ -144,12 +157,12 @@ def filmstrip(rows: Sequence[Sequence[Tensor]], *, alt: str = "", **labels) -> P
 
 
 @styled
-def plot_lines(curves: Mapping, *, x_label="", y_label="", title="", log_x=False, log_y=False, markers=(),
+def plot_lines(curves: Mapping, *, x_label="", y_label="", log_x=False, log_y=False, markers=(), faint=(),
                vlines=(), hlines=(), x_ticks=(), size=(720, 320), alt: str = "") -> Picture:  # fmt: skip
     """Curves told apart by colour and by line style.
 
     `curves`: name -> y, or name -> (x, y) as a tuple; each a tensor, array or list of one axis. `markers`: True, or
-    the names of the curves whose points are marked. `vlines`, `hlines`: positions of thin grey lines, or
+    the names of the curves whose points are marked; `faint`: of those that stay in the background. `vlines`, `hlines`: positions of thin grey lines, or
     {label: position}. `x_ticks`: words for x = 0, 1, 2, ... Raises ValueError for more axes than one, and where x and
     y differ in length.
 
@@ -163,7 +176,8 @@ def plot_lines(curves: Mapping, *, x_label="", y_label="", title="", log_x=False
         if len(x) != len(y):
             raise ValueError(f"curve {name!r} has {len(x)} x and {len(y)} y: give as many of both")
         marker = "o" if markers is True or name in (markers or ()) else None
-        axes.plot(x, y, color=color, linestyle=line, marker=marker, label=name)
+        style = {"alpha": 0.4, "linewidth": 0.7} if name in faint else {"linestyle": line, "marker": marker}
+        axes.plot(x, y, color=color, label=name, **style)
     if x_ticks:
         axes.set_xticks(range(len(x_ticks)), x_ticks)
     if log_x:
@@ -180,30 +194,6 @@ def plot_lines(curves: Mapping, *, x_label="", y_label="", title="", log_x=False
     return _finish(figure, axes, alt or f"{y_label} against {x_label}: {', '.join(curves)}")
 
 
-@styled
-def plot_heatmap(matrix: Tensor, *, x_label="", y_label="", size=None, alt: str = "") -> Picture:
-    """A matrix as colours with their scale, row 0 on top; square where the matrix is square.
-
-    Raises ValueError for anything but two axes.
-
-    >>> plot_heatmap(torch.eye(4), x_label="key", y_label="query")
-    4 rows (query) by 4 columns (key) as colours
-    """
-    matrix = torch.as_tensor(matrix).detach().cpu().float().numpy()
-    if matrix.ndim != 2:
-        raise ValueError(f"plot_heatmap takes one matrix (rows, columns), got shape {matrix.shape}")
-    rows, columns = matrix.shape
-    figure, axes = _axes(size or ((400, 340) if rows == columns else (720, 320)), x_label, y_label)
-    figure.set_layout_engine("compressed")  # so that the colour bar is as high as a square matrix
-    # shrink numbers, not colours: that keeps to the colour scale
-    shown = axes.imshow(matrix, aspect="equal" if rows == columns else "auto", interpolation_stage="data")
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(shown, pad=0.02).outline.set_visible(False)
-    return _finish(figure, axes, alt or f"{rows} rows ({y_label}) by {columns} columns ({x_label}) as colours")
-
-
-@styled
 def plot_loss(losses: Sequence[float], *, y_label="loss", size=(720, 300), alt: str = "") -> Picture:
     """The loss of every step, faint, and its moving average over a fiftieth of all steps, strong, on a log axis.
 
@@ -217,12 +207,10 @@ def plot_loss(losses: Sequence[float], *, y_label="loss", size=(720, 300), alt: 
     for step, loss in enumerate(losses, 1):
         mean = decay * mean + (1 - decay) * loss
         average.append(mean / (1 - decay**step))
-    figure, axes = _axes(size, "training step", y_label)
     steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color=COLORS[0], alpha=0.25, linewidth=0.8, label="each step")
-    axes.plot(steps, average, color=COLORS[0], linewidth=2, label="moving average")
-    _log(axes, "y")
-    return _finish(figure, axes, alt or f"{y_label} over {len(losses)} training steps")
+    curves = {"moving average": (steps, average), "each step": (steps, losses)}
+    return plot_lines(curves, faint=["each step"], x_label="training step", y_label=y_label, log_y=True, size=size,
+                      alt=alt or f"{y_label} over {len(losses)} training steps")  # fmt: skip
 
 
 @styled
@@ -248,56 +236,154 @@ def plot_histograms(groups: Mapping, *, x_label="", bins=60, curves: Mapping | N
 
 def stack(*pictures: Picture, alt: str = "") -> Picture:
     """Several pictures as one, centred, from top to bottom."""
-    images = [Image.open(io.BytesIO(picture.png)) for picture in pictures]
-    canvas = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
-    for i, image in enumerate(images):
-        canvas.paste(image, ((canvas.width - image.width) // 2, sum(above.height for above in images[:i])))
-    return Picture.from_image(canvas, alt or "; ".join(picture.alt for picture in pictures))
+    canvas = Image.new("RGB", (max(p.image.width for p in pictures), sum(p.image.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        left = (canvas.width - picture.image.width) // 2
+        canvas.paste(picture.image, (left, sum(above.image.height for above in pictures[:i])))
+    return Picture(canvas, alt or "; ".join(picture.alt for picture in pictures))
 
 
-class Live:
+class _Image(widgets.Image):
+    description = traitlets.Unicode().tag(sync=True)  # without one, the page fails to show the tooltip
+
+
+class Slot(widgets.VBox):
+    """A place on the page whose picture can be replaced, below some widgets; GitHub and paper show the last picture."""
+
+    def __init__(self, above: Sequence[widgets.Widget] = ()):
+        self.picture, self._image = None, _Image(layout={"align_self": "flex-start", "max_width": "100%", "height": "auto"})
+        super().__init__([*above, self._image])
+        self.add_class("noisout-slot")
+
+    def show(self, picture: Picture) -> None:
+        """Replace the picture."""
+        self.picture = picture
+        self._image.width, self._image.tooltip = str(picture.width), picture.alt
+        self._image.value = picture.png(compress_level=1)
+
+    def __repr__(self) -> str:
+        return self.picture.alt if self.picture else "no picture yet"
+
+    def _repr_mimebundle_(self, **kwargs):
+        data, metadata = self.picture._repr_mimebundle_()
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
+        return {"application/vnd.jupyter.widget-view+json": view, **data}, metadata
+
+    _ipython_display_ = None  # ipywidgets 7, which Colab has, would show the widget without its picture
+
+
+class Explorer(Slot):
+    """Controls and the picture that they change: `draw(**values)` is called again whenever one of them moves.
+
+        Explorer(lambda t: image_grid(noisy(t)), t=widgets.IntSlider(500, 0, 999))
+
+    `draw` returns a `Picture`, or is a generator that yields how much is done, 0 to 1, shown as a bar, and at last the
+    `Picture`. `controls`: any widgets with a `value`, labelled with their names where they have no description; `Again`
+    is a button for them. `play`: the name of a slider that a play button moves. The first picture is drawn at once, and its errors
+    are raised; later ones are told in place of the picture's.
+
+    Raises ValueError where `draw` yields no picture.
+    """
+
+    def __init__(self, draw: Callable, play: str = "", **controls: widgets.Widget):
+        self._draw, self._controls = draw, controls
+        self._bar = widgets.FloatProgress(max=1, layout={"visibility": "hidden", "height": "12px"})
+        self._message = widgets.HTML()
+        for name, control in controls.items():
+            control.description = control.description or name
+            control.observe(self._moved, "value")
+        row = [*controls.values()]
+        if play:
+            slider = controls[play]
+            row.insert(0, widgets.Play(slider.value, slider.min, slider.max, slider.step, interval=150))
+            widgets.jslink((row[0], "value"), (slider, "value"))
+        super().__init__([widgets.Box(row, layout={"flex_flow": "row wrap", "align_items": "center"}), self._bar, self._message])
+        self._draw_now()
+
+    def _draw_now(self) -> None:
+        drawn = self._draw(**{name: control.value for name, control in self._controls.items()})
+        if isinstance(drawn, Iterator):
+            for drawn in drawn:
+                if isinstance(drawn, float):
+                    self._bar.layout.visibility, self._bar.value = "visible", drawn
+        if not isinstance(drawn, Picture):
+            raise ValueError(f"there is nothing to show: the function that draws gave {drawn!r}, not a Picture")
+        self.show(drawn)
+
+    def _moved(self, change) -> None:
+        try:
+            self._message.value = ""
+            self._draw_now()
+        except Exception as error:  # in a callback it would end in a log that nobody reads
+            self._message.value = f'<p role="alert" style="color: #b3261e">{html.escape(f"{type(error).__name__}: {error}")}</p>'
+        self._bar.layout.visibility = "hidden"
+
+
+class Again(widgets.Button):
+    """A button whose `value`, a seed, is the number of clicks so far."""
+
+    value = traitlets.Int(0)
+
+    def __init__(self, description: str):
+        super().__init__(description=description)
+        self.on_click(lambda button: button.set_trait("value", button.value + 1))
+
+
+class Live(Slot):
     """A place in the notebook whose picture changes while a loop runs.
 
+        steps = train(...)
         with Live("the training loss, falling") as live:
-            for step in train(...):
+            for step in steps:
                 losses.append(step.loss)
                 live.update(lambda: plot_loss(losses))
+                if live.stopped:
+                    steps.close()
 
     `update` takes a function that draws a `Picture`, and calls it at most every `interval` seconds, and less often
     where it is slow, so that drawing stays below 5 % of the time. The end of the `with` block draws the last state.
-    The description is `alt` throughout. Outside a notebook nothing is drawn.
+    The description is `alt` throughout. Outside a notebook nothing is drawn. `stopped` becomes true when the reader presses
+    the stop button above the picture or interrupts the cell; who interrupts a second time means it.
     """
 
     def __init__(self, alt: str, interval: float = 1.0):
-        self.alt, self.interval = alt, interval
-        self._slot, self._next = None, 0.0
+        self._button = widgets.Button(description="stop", icon="stop", tooltip="end the loop after this step")
+        self._button.on_click(self._stop)
+        super().__init__([self._button])
+        self.alt, self.interval, self.stopped = alt, interval, False
+        self._waiting, self._handle, self._next = None, None, 0.0
 
     def update(self, draw: Callable[[], Picture]) -> None:
         """Show what `draw` draws, if it is time to; else remember it for the end."""
         self._waiting = draw
         if time.monotonic() >= self._next:
-            self._show()
+            self._show_waiting()
 
-    def _show(self) -> None:
+    def _show_waiting(self) -> None:
         draw, self._waiting, start = self._waiting, None, time.monotonic()
         if draw is None or not hasattr(get_ipython(), "kernel"):
             return
-        picture = draw()
-        picture = Picture(picture.png, self.alt, picture.width)
-        if self._slot is None:
-            self._slot = display(picture, display_id=True)
-        else:
-            self._slot.update(picture)
+        self.show(Picture(draw().image, self.alt))
+        self._handle = self._handle or display(self, display_id=True)
         now = time.monotonic()
         # a recording keeps the last picture alone, so there nothing between the first and the last is worth drawing
         self._next = float("inf") if _recording() else now + max(self.interval, 20 * (now - start))
 
+    def _stop(self, *args) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
     def __enter__(self) -> "Live":
-        self._waiting = None
+        self._usual = signal.signal(signal.SIGINT, self._stop)
         return self
 
     def __exit__(self, *error) -> None:
-        self._show()
+        signal.signal(signal.SIGINT, self._usual)
+        self._show_waiting()
+        if self._handle is not None:
+            self._button.layout.display = "none"
+            self._handle.update(self)  # so that the page keeps the last picture, not the first
 
 
 def progress(iterable: Iterable, total: int | None = None, description: str = "") -> tqdm:
@@ -365,4 +451,6 @@ def _finish(figure: Figure, axes, alt: str) -> Picture:
     if len(names) > 1:  # above the axes, where it hides no data, in rows as even as they can be
         fitting = max(1, int(figure.get_figwidth() * DPI / (7 * max(map(len, names)) + 50)))
         figure.legend(loc="outside upper center", ncols=ceil(len(names) / ceil(len(names) / fitting)))
-    return Picture.from_figure(figure, alt, colors=256)
+    picture = Picture.from_figure(figure, alt, colors=256)
+    picture.axes = axes
+    return picture

@@ -82,10 +82,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """
     _check_features(features, reference)
     if (fewest := min(len(features), len(reference))) <= features.shape[1]:
-        raise ValueError(
-            f"{fewest} pictures cannot give a covariance of {features.shape[1]} features: "
-            "take more pictures, fewer features, or kernel_distance"
-        )
+        raise ValueError(f"{fewest} pictures cannot give a covariance of {features.shape[1]} features: take more pictures, fewer features, or kernel_distance")
     (mean, cov), (mean_r, cov_r) = ((f.double().mean(0), f.double().T.cov()) for f in (features, reference))
     root_trace = torch.linalg.eigvals(cov @ cov_r).real.clamp(min=0).sqrt().sum()
     return ((mean - mean_r).square().sum() + cov.trace() + cov_r.trace() - 2 * root_trace).item()
@@ -158,10 +155,8 @@ def copied_share(features: Tensor, training: Tensor, held_out: Tensor, k: int = 
 
 def _check_range(images: Tensor) -> None:
     if images.ndim != 4 or not images.is_floating_point() or not images.abs().max() <= 1.001:
-        raise ValueError(
-            f"images are {images.dtype} {tuple(images.shape)} from {images.min():.3g} to {images.max():.3g}: "
-            "they must be float (N, C, H, W) in [-1, 1]; see data.to_float, and clamp samples"
-        )
+        found = f"{images.dtype} {tuple(images.shape)} from {images.min():.3g} to {images.max():.3g}"
+        raise ValueError(f"images are {found}: they must be float (N, C, H, W) in [-1, 1]; see data.to_float, and clamp samples")
 
 
 def _check_features(features: Tensor, reference: Tensor) -> None:

@@ -92,57 +92,49 @@ class GaussianDiffusion(nn.Module):
         if t.dtype != torch.int64 or t.ndim != 1:
             raise ValueError(f"t must be an int64 tensor of shape (B,), not {t.dtype} of shape {tuple(t.shape)}")
         if len(t) and not (0 <= t.min() and t.max() < self.timesteps):
-            raise ValueError(
-                f"t runs from {int(t.min())} to {int(t.max())}, outside 0..{self.timesteps - 1} "
-                "(the papers' t = 1..T is t = 0..T-1 here)"
-            )
+            raise ValueError(f"t runs from {int(t.min())} to {int(t.max())}, outside 0..{self.timesteps - 1} (the papers' t = 1..T is t = 0..T-1 here)")
         return table[t].reshape(-1, *[1] * (ndim - 1))
+
+    def _signal_and_noise(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+        return self.extract(self.sqrt_alphas_cumprod, t, ndim), self.extract(self.sqrt_one_minus_alphas_cumprod, t, ndim)
 
     # The forward process
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t in one jump: sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4)."""
-        a = self.extract(self.sqrt_alphas_cumprod, t, x_start.ndim)
-        b = self.extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.ndim)
+        a, b = self._signal_and_noise(t, x_start.ndim)
         return a * x_start.float() + b * noise.float()
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(x_{t-1} | x_t, x_0) (eqs. 6 and 7); the variance, (B, 1, ..., 1), is 0 at t = 0."""
-        mean = (
-            self.extract(self.posterior_mean_coef1, t, x_t.ndim) * x_start
-            + self.extract(self.posterior_mean_coef2, t, x_t.ndim) * x_t
-        )
-        return mean, self.extract(self.posterior_variance, t, x_t.ndim)
+        a, b = (self.extract(table, t, x_t.ndim) for table in (self.posterior_mean_coef1, self.posterior_mean_coef2))
+        return a * x_start + b * x_t, self.extract(self.posterior_variance, t, x_t.ndim)
 
     def signal_to_noise_ratio(self, t: Tensor) -> Tensor:
         """alpha_bar_t / (1 - alpha_bar_t), float32 (B,)."""
-        a, b = self.extract(self.sqrt_alphas_cumprod, t, 1), self.extract(self.sqrt_one_minus_alphas_cumprod, t, 1)
+        a, b = self._signal_and_noise(t, 1)
         return (a / b) ** 2  # 1 - alpha_bar in float32 would be off by 5e-4 at t = 0
 
     # Three names for one thing: given x_t, each of x_0, eps and v determines the other two
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
-        a = self.extract(self.sqrt_alphas_cumprod, t, x_t.ndim)
-        b = self.extract(self.sqrt_one_minus_alphas_cumprod, t, x_t.ndim)
+        a, b = self._signal_and_noise(t, x_t.ndim)
         return (x_t - b * noise) / a
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
         """eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)."""
-        a = self.extract(self.sqrt_alphas_cumprod, t, x_t.ndim)
-        b = self.extract(self.sqrt_one_minus_alphas_cumprod, t, x_t.ndim)
+        a, b = self._signal_and_noise(t, x_t.ndim)
         return (x_t - a * x_start) / b
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022)."""
-        a = self.extract(self.sqrt_alphas_cumprod, t, x_start.ndim)
-        b = self.extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.ndim)
+        a, b = self._signal_and_noise(t, x_start.ndim)
         return a * noise - b * x_start
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v."""
-        a = self.extract(self.sqrt_alphas_cumprod, t, x_t.ndim)
-        b = self.extract(self.sqrt_one_minus_alphas_cumprod, t, x_t.ndim)
+        a, b = self._signal_and_noise(t, x_t.ndim)
         return a * x_t - b * v
 
     def training_target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -188,8 +180,7 @@ class GaussianDiffusion(nn.Module):
         """
         if not isinstance(steps, int) or not 1 <= steps <= self.timesteps:
             raise ValueError(f"steps is {steps!r}: it must be an integer in 1..{self.timesteps}")
-        kept = torch.arange(1, steps + 1, dtype=torch.float64) * self.timesteps / steps
-        kept = kept.round().long() - 1
+        kept = (torch.arange(1, steps + 1, dtype=torch.float64) * self.timesteps / steps).round().long() - 1
         alphas_cumprod = self.exact_alphas_cumprod[kept]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         respaced = GaussianDiffusion(1 - alphas_cumprod / previous, self.prediction, self.timestep_map.cpu()[kept], self.variance)

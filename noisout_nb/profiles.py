@@ -69,9 +69,9 @@ PROFILES = {
         ),
         Profile(
             name="flowers32", dataset="flowers102", image_size=32, train_images=None,
-            patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.0,
+            patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.1,
             schedule="cosine", timesteps=1000, prediction="v",
-            batch_size=32, train_steps=4_000, learning_rate=1e-3, ema_decay=0.998, label_dropout=0.1,
+            batch_size=32, train_steps=45_000, learning_rate=1e-3, ema_decay=0.9995, label_dropout=0.1,
             guidance_scale=3.0, sample_steps=50,
         ),
         Profile(
@@ -90,14 +90,9 @@ def get_profile(name: str | None = None) -> Profile:
 
     Prints what was chosen, why, and how to change it. Raises ValueError for an unknown name.
     """
-    if name:
-        reason = "asked for by name"
-    elif name := os.environ.get("NOISOUT_PROFILE"):
-        reason = "set by NOISOUT_PROFILE"
-    elif torch.cuda.is_available():
-        name, reason = "flowers64", "there is a CUDA device"
-    else:
-        name, reason = "quick", "there is no CUDA device"
+    named = {"asked for by name": name, "set by NOISOUT_PROFILE": os.environ.get("NOISOUT_PROFILE")}
+    by_device = {"there is a CUDA device": "flowers64"} if torch.cuda.is_available() else {"there is no CUDA device": "quick"}
+    reason, name = next((reason, name) for reason, name in (named | by_device).items() if name)
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r} ({reason}): choose one of {', '.join(PROFILES)}")
     profile = PROFILES[name]

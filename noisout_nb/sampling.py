@@ -25,18 +25,13 @@ class State:
     x_start: Tensor
 
 
-def predict_start_and_noise(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor,
-                            y: Tensor | None = None, clip: bool = True) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The network's x_0, clamped to [-1, 1], and the noise that agrees with it, both float32 like x."""
-    answer, _ = process.split_output(model(x, process.timestep_map[t], y), x)
-    return _start_and_noise(process, x, t, answer, clip)
-
-
-def _start_and_noise(process: GaussianDiffusion, x: Tensor, t: Tensor, answer: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
+def ask(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor | None = None,
+        clip: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The network's x_0, clamped to [-1, 1]; the noise that agrees with it; the variance's fraction, if it is learned."""
+    answer, fraction = process.split_output(model(x, process.timestep_map[t], y), x)
     x_start = process.predict_start(x, t, answer)
-    if clip:
-        x_start = x_start.clamp(-1, 1)
-    return x_start, process.predict_noise_from_start(x, t, x_start)
+    x_start = x_start.clamp(-1, 1) if clip else x_start
+    return x_start, process.predict_noise_from_start(x, t, x_start), fraction
 
 
 def p_mean_variance(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor,
@@ -46,8 +41,7 @@ def p_mean_variance(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: 
     The variance is the posterior's, eq. 7, (B, 1, ..., 1) and 0 at t = 0, or the learned one, shaped like x. Without `clip`
     the mean is that of eq. 11.
     """
-    answer, fraction = process.split_output(model(x, process.timestep_map[t], y), x)
-    x_start, _ = _start_and_noise(process, x, t, answer, clip)
+    x_start, _, fraction = ask(model, process, x, t, y, clip)
     mean, variance = process.q_posterior_mean_variance(x_start, x, t)
     if fraction is not None:
         variance = process.p_log_variance(x, t, fraction).exp()
@@ -84,7 +78,7 @@ def ddim(model: nn.Module, process: GaussianDiffusion, x_T: Tensor, y: Tensor | 
     """Song et al. 2021, eq. 12: deterministic for eta = 0; eta = 1 is `ddpm` (their eq. 16)."""
     process, x = process.respace(steps), x_T
     for i, t in _visit(model, process, x):
-        x_start, noise = predict_start_and_noise(model, process, x, t, y)
+        x_start, noise, _ = ask(model, process, x, t, y)
         alpha_bar_prev = process.alphas_cumprod_prev[i]
         sigma = eta * process.posterior_variance[i].sqrt()
         x = alpha_bar_prev.sqrt() * x_start + (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * noise
@@ -106,7 +100,7 @@ def dpm_solver(model: nn.Module, process: GaussianDiffusion, x_T: Tensor, y: Ten
     lambdas = (0.5 * (alpha_bar / (1 - alpha_bar)).log()).tolist()
     previous = None
     for i, t in _visit(model, process, x):
-        x_start, noise = predict_start_and_noise(model, process, x, t, y)
+        x_start, noise, _ = ask(model, process, x, t, y)
         target = x_start
         if previous is not None and i > 0:
             target = x_start + (x_start - previous) * (lambdas[i - 1] - lambdas[i]) / (2 * (lambdas[i] - lambdas[i + 1]))

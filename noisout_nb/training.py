@@ -3,6 +3,9 @@
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from .data import FlowerImages, atomic_file, to_float
 from .forward_process import SCHEDULES, GaussianDiffusion
-from .profiles import Profile
+from .profiles import REPOSITORY, Profile
 from .unet import UNet
 
 
@@ -198,10 +201,8 @@ def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
         if not (loss.isfinite() and gradient_norm.isfinite()):
             saved = f"the checkpoint {checkpoint} is from before and still good" if checkpoint else "nothing was saved"
-            raise FloatingPointError(
-                f"step {index}: the loss is {loss.item()}, its gradient's norm {gradient_norm.item()}; {saved}. "
-                f"Likely causes: a learning rate that is too high ({learning_rate:g} here), or bad values in the data."
-            )
+            causes = f"Likely causes: a learning rate that is too high ({learning_rate:g} here), or bad values in the data."
+            raise FloatingPointError(f"step {index}: the loss is {loss.item()}, its gradient's norm {gradient_norm.item()}; {saved}. {causes}")
         optimizer.param_groups[0]["lr"] = learning_rate_at(index - 1, steps, learning_rate)
         optimizer.step()
         ema.update()
@@ -301,3 +302,11 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, Ga
     betas = SCHEDULES[profile["schedule"]](profile["timesteps"])
     process = GaussianDiffusion(betas, profile["prediction"], variance=profile.get("variance", "posterior"))
     return model.to(device).eval(), process.to(device), tuple(card["classes"])
+
+
+def load_or_train(profile: Profile, device: torch.device | str = "cpu") -> tuple[UNet, GaussianDiffusion, tuple[str, ...]]:
+    """The profile's network, as `load_model` gives it. Where there is none yet, the script of 04_training makes it first."""
+    if not profile.weights.exists():
+        script, settings = REPOSITORY / "notebooks" / "scripts" / "04_training.py", {"PYTHONPATH": str(REPOSITORY), "NOISOUT_PROFILE": profile.name}
+        subprocess.run([sys.executable, script], check=True, stdout=subprocess.DEVNULL, env=os.environ | settings)
+    return load_model(profile.weights, device)

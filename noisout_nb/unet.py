@@ -162,12 +162,8 @@ class Encoder(nn.Module):
             raise ValueError(f"attention_resolutions {attention_resolutions}: this network's levels have the sides {sides}")
 
         emb_channels = 4 * channels
-        self.time_mlp = nn.Sequential(
-            SinusoidalPositionEmbeddings(channels),
-            nn.Linear(channels, emb_channels),
-            nn.SiLU(),
-            nn.Linear(emb_channels, emb_channels),
-        )
+        clocks = SinusoidalPositionEmbeddings(channels)
+        self.time_mlp = nn.Sequential(clocks, nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + 1, emb_channels)
 
@@ -206,10 +202,8 @@ class Encoder(nn.Module):
 
     def _check_size(self, height: int, width: int) -> None:
         if height < 1 or width < 1 or height % self.size_multiple or width % self.size_multiple:
-            raise ValueError(
-                f"pictures of {height} x {width}: this network halves the side {int(math.log2(self.size_multiple / self.patch_size))} "
-                f"times and folds patches of {self.patch_size}, so both sides must be multiples of {self.size_multiple}"
-            )
+            why = f"halves the side {int(math.log2(self.size_multiple / self.patch_size))} times and folds patches of {self.patch_size}"
+            raise ValueError(f"pictures of {height} x {width}: this network {why}, so both sides must be multiples of {self.size_multiple}")
 
     def _check_input(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:

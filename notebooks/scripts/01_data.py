@@ -13,12 +13,24 @@
 # %% [markdown]
 # # 01 Meet the flowers
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/01_data.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/01_data.ipynb)
+#
 # **What you'll do**: look at the pictures that the whole series is about, and bring them into the form that diffusion works on.
 #
 # **What you'll learn**: why values lie in $[-1, 1]$, what resizing and cropping can do wrong, why part of the data is locked away, and
 # how one can *measure* whether two sets of pictures come from the same distribution.
 #
 # **What you need**: some PyTorch. Half a minute on a laptop; nothing is downloaded unless you ask for it.
+
+# %%
+import sys
+
+if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
+    import subprocess
+
+    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    sys.path.insert(0, "noisOut")
 
 # %%
 import torch

@@ -13,6 +13,9 @@
 # %% [markdown]
 # # 02 Dissolve a flower in noise
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/02_forward_process.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/02_forward_process.ipynb)
+#
 # **What you'll do**: destroy a flower in a thousand small steps, jump to any of them at once, and work out exactly
 # what it takes to go one step back.
 #
@@ -24,12 +27,22 @@
 # minute. Formulas follow Ho et al. 2020, "Denoising Diffusion Probabilistic Models", with its equation numbers.
 
 # %%
+import sys
+
+if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
+    import subprocess
+
+    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    sys.path.insert(0, "noisOut")
+
+# %%
+import ipywidgets as widgets
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 from torch.testing import assert_close
 
 from noisout_nb.data import load_data
-from noisout_nb.display import filmstrip, image_grid, plot_histograms, plot_lines, stack
+from noisout_nb.display import Explorer, filmstrip, image_grid, plot_histograms, plot_lines, stack
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule, linear_beta_schedule
 from noisout_nb.profiles import get_profile
 
@@ -246,9 +259,10 @@ stack(
 # %%
 every_t = torch.arange(T)
 assert_close(process.signal_to_noise_ratio(every_t), (alpha_bar / (1 - alpha_bar)).float(), rtol=1e-5, atol=0)
-plot_lines({n: p.signal_to_noise_ratio(every_t) for n, p in processes.items()}, x_label="t", y_label="SNR", log_y=True,
-           hlines={"as much noise as signal": 1},
-           alt="SNR against t on a log axis: the linear schedule passes 1 at t = 259, the cosine at 496")
+snr_curves = plot_lines({n: p.signal_to_noise_ratio(every_t) for n, p in processes.items()}, x_label="t", y_label="SNR", log_y=True,
+                        hlines={"as much noise as signal": 1}, size=(720, 280),
+                        alt="SNR against t on a log axis: the linear schedule passes 1 at t = 259, the cosine at 496")
+snr_curves
 
 # %%
 columns = [0, 99, 199, 299, 399, 499, 599, 799, 999]
@@ -257,6 +271,22 @@ films = [p.q_sample(flower.expand_as(same_noise), torch.tensor(columns), same_no
 filmstrip(films, row_labels=processes, column_labels=[f"t = {t}" for t in columns],
           alt="The flower dissolving under both schedules, with the same noise: at t = 399 it is hard to find under the "
           "linear schedule and plain to see under the cosine one")
+
+
+# %% [markdown]
+# Now you. Move the time (drag it, or use the arrow keys) and change the schedule: where does the flower drown, and what is the SNR there?
+
+# %%
+def noisy_flower(t, schedule):
+    p, at = processes[schedule], torch.tensor([t])
+    x_t = p.q_sample(flower, at, same_noise[:1])
+    pictures = image_grid(torch.cat([flower, same_noise[:1], x_t]), scale=128 // profile.image_size, column_labels=["$x_0$", r"$\epsilon$", f"$x_t$, t = {t}"])
+    curve = snr_curves.marked(t, p.signal_to_noise_ratio(at).item())
+    return stack(pictures, curve, alt=f"The flower, the noise, and their mixture at t = {t}; below, a dot at t = {t} on the {schedule} schedule's SNR curve")
+
+
+# %%
+Explorer(noisy_flower, t=widgets.IntSlider(209, 9, 999, 10), schedule=widgets.Dropdown(options=["linear", "cosine"]))
 
 # %% [markdown]
 # Two numbers are worth knowing by heart, since they tell in one glance whether somebody's schedule is right:
@@ -405,7 +435,8 @@ plot_lines(curves, x_label="t", y_label="error in $x_0$ per error in the answer"
 # sides:
 #
 # - from the past: $q(x_{t-1} \mid x_0)$ says $\mathcal{N}(\sqrt{\bar\alpha_{t-1}}\,x_0,\ 1-\bar\alpha_{t-1})$, by the
-# jump; - from the future: $x_t = \sqrt{\alpha_t}\,x_{t-1} + \sqrt{\beta_t}\,\epsilon$ puts $x_{t-1}$ at
+# jump;
+# - from the future: $x_t = \sqrt{\alpha_t}\,x_{t-1} + \sqrt{\beta_t}\,\epsilon$ puts $x_{t-1}$ at
 # $x_t/\sqrt{\alpha_t}$, with variance $\beta_t/\alpha_t$.
 #
 # Bayes multiplies the two, and for normal densities this is easy: the *precisions* (one over the variance) add, and the

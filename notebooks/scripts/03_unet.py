@@ -13,6 +13,9 @@
 # %% [markdown]
 # # 03 Build the network
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/03_unet.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/03_unet.ipynb)
+#
 # **What you'll do**: build the UNet piece by piece, and prove each piece equal to the one in `noisout_nb/unet.py`.
 #
 # **What you'll learn**: how a network can know what time it is, what holds a deep stack of blocks together, how distant parts of a picture talk to
@@ -21,8 +24,18 @@
 # **What you need**: notebook 02 and some PyTorch (convolutions, modules). Half a minute on two CPU cores.
 
 # %%
+import sys
+
+if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
+    import subprocess
+
+    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    sys.path.insert(0, "noisOut")
+
+# %%
 import math
 
+import ipywidgets as widgets
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -30,8 +43,10 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from noisout_nb.data import load_data
-from noisout_nb.display import Picture, image_grid, plot_heatmap, plot_lines
-from noisout_nb.profiles import get_profile
+from noisout_nb.display import Explorer, Picture, image_grid, plot_lines, stack
+from noisout_nb.profiles import REPOSITORY, get_profile
+from noisout_nb.sampling import sample_image
+from noisout_nb.training import load_model
 from noisout_nb.unet import (
     AttentionBlock, Block, Downsample, ResBlock, SinusoidalPositionEmbeddings, UNet, Upsample, group_norm,
 )  # fmt: skip
@@ -75,7 +90,7 @@ assert_close(embeddings[0], torch.cat([torch.zeros(32), torch.ones(32)]))
 assert_close(embeddings[1, [0, 63]], torch.tensor([math.sin(1), math.cos(1e-4)]))
 
 # %%
-plot_heatmap(embeddings[:200].T, x_label="t", y_label="channel", alt="Embeddings of t = 0 to 199: stripes that are fast in the first channels and ever slower further on, sines above cosines")
+image_grid(embeddings[:200].T[None, None], scale=3, arrow="t = 0 to 199", alt="Embeddings of t = 0 to 199, a column each: stripes that are fast in the first channels and ever slower further on, sines above cosines")
 
 # %% [markdown]
 # Two times that are close have similar embeddings, two that are far do not. That is what the network will need: it behaves alike at $t = 500$ and $t = 501$.
@@ -357,6 +372,48 @@ with torch.no_grad():
     rows = model(x, t, y)
     columns = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, y)
 assert_close(rows, columns, atol=1e-4, rtol=1e-3)
+
+# %% [markdown]
+# ## Look inside
+#
+# What does such a network see once it is trained? The repository has one in `models/`, which stages 4 and 5 explain; we let it draw a sunflower.
+
+# %%
+trained, process, classes = load_model(REPOSITORY / "models" / "Flowers102_model.pth")
+sunflower = torch.tensor([classes.index("sunflower")])
+x_0 = sample_image(trained, process, sunflower, sampler="ddim", steps=50, seed=1)
+
+# %% [markdown]
+# Then we show it that flower at twenty noise levels, and keep what five of its blocks turn out.
+
+# %%
+blocks = {"first convolution": "conv_in", "down, 16 x 16": "down.1", "bottom, 4 x 4": "middle2", "up, 8 x 8": "up.4", "up, 16 x 16": "up.9"}
+times, seen = torch.arange(49, 1000, 50), {}
+for label, name in blocks.items():
+    trained.get_submodule(name).register_forward_hook(lambda module, inputs, out, label=label: seen.update({label: out}))
+x_t = process.q_sample(x_0.expand(20, -1, -1, -1), times, torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+with torch.no_grad():
+    trained(x_t, times, sunflower.expand(20))
+
+# %%
+every_t = torch.arange(1000)
+clocks = plot_lines({f"clock {i}": SinusoidalPositionEmbeddings(64)(every_t)[:, i] for i in (12, 16, 20, 26)}, x_label="t", y_label="sine", size=(720, 190))
+
+
+def inside(t, block):
+    at, maps = (t - 49) // 50, seen[block][:, :9]
+    bright = maps.transpose(0, 1).flatten(1).abs().quantile(0.98, dim=1).view(-1, 1, 1, 1)
+    pictures = [x_t[at], *F.interpolate((maps[at, :, None] / bright).expand(-1, 3, -1, -1), size=32)]
+    return stack(image_grid(pictures, columns=10, scale=2, column_labels=["$x_t$", *(f"map {i}" for i in range(9))]), clocks.marked(t),
+                 alt=f"The noisy sunflower at t = {t} and nine feature maps of the block '{block}'; below, a line at t = {t} across four of the clocks")
+
+
+# %% [markdown]
+# Move the time and choose a block. The clocks under the line are all that the network is told of $t$ (four of them are drawn); near the input the maps are noisy copies of the picture, deeper down they are
+# coarse and calm, and on the way up the flower's shape comes back, ever less sure of itself as $t$ grows.
+
+# %%
+Explorer(inside, t=widgets.IntSlider(249, 49, 999, 50), block=widgets.Dropdown(options=list(blocks), value="up, 16 x 16"))
 
 # %% [markdown]
 # ## Your turn

@@ -13,12 +13,24 @@
 # %% [markdown]
 # # 04 Train the network
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/04_training.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/04_training.ipynb)
+#
 # **What you'll do**: teach the UNet of stage 3 to undo noise, and watch flowers come out of it while it learns.
 #
 # **What you'll learn**: why the loss is a plain mean squared error, what the network is asked for (the noise or *v*) and why
 # that matters, why pictures are drawn with *averaged* weights, and how a training survives being killed.
 #
 # **What you need**: notebooks 01 to 03. On two CPU cores all of it takes about two minutes, most of them for the training itself.
+
+# %%
+import sys
+
+if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
+    import subprocess
+
+    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    sys.path.insert(0, "noisOut")
 
 # %%
 import tempfile
@@ -287,7 +299,8 @@ except FloatingPointError as error:
 # ## The training
 #
 # Now in earnest. The loop is ours, so what is shown, and how often, is up to us: the loss at every step, and at some of them eight samples
-# drawn from the average, always from the same noise.
+# drawn from the average, always from the same noise. The stop button below the picture (or the kernel's interrupt) ends the loop after the present step; `close()` lets `train`
+# write its checkpoint first.
 
 # %%
 model.train()
@@ -299,19 +312,25 @@ looks = {round(profile.train_steps * part) for part in (0.03, 0.1, 0.2, 0.4, 0.7
 
 def dashboard():
     latest = previews[max(previews)] if previews else torch.zeros(8, *shape)
-    return stack(plot_loss(losses), image_grid(latest, scale=2))
+    rates = [learning_rate_at(i, profile.train_steps, profile.learning_rate) for i in range(len(losses))]
+    return stack(plot_loss(losses), plot_lines({"learning rate": rates}, x_label="training step", y_label="learning rate", size=(720, 150)), image_grid(latest, scale=2))
 
 
 # %%
 checkpoint = profile.runs / "checkpoint.pth"
 steps = train(model, process, batches, ema, steps=profile.train_steps, learning_rate=profile.learning_rate,
               label_dropout=profile.label_dropout, losses=losses, checkpoint=checkpoint)
-with Live("The loss falls steeply and then slowly; below it the latest samples") as live:
+with Live("The loss falls steeply and then slowly; below it the learning rate, which climbs and falls, and the latest samples") as live:
     for step in progress(steps, total=profile.train_steps, description="training"):
         if step.index in looks:
             with ema.applied():
                 previews[step.index] = sample_image(model, process, species, shape=shape, seed=1).cpu()
         live.update(dashboard)
+        if live.stopped:
+            steps.close()
+
+# %%
+assert len(losses) == profile.train_steps, "stopped early: run the two cells above once more, and the training goes on where it was"
 
 # %% [markdown]
 # The loss falls steeply at first, then hardly at all: most of what is left is noise that nobody could predict. The pictures tell more.

@@ -13,6 +13,9 @@
 # %% [markdown]
 # # 05 Draw flowers out of noise
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/05_sampling.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/05_sampling.ipynb)
+#
 # **What you'll do**: run the process of stage 2 backwards with the network of stage 4, in a thousand steps, then in fifty, then in ten.
 #
 # **What you'll learn**: Algorithm 2 of Ho et al. (2020), why the network's guess is clamped and the last step adds no noise, what DDIM and
@@ -22,29 +25,32 @@
 # notebook then runs it first.
 
 # %%
-import subprocess
 import sys
 
+if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
+    import subprocess
+
+    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    sys.path.insert(0, "noisOut")
+
+# %%
+import ipywidgets as widgets
 import torch
 from torch.testing import assert_close
 
 from noisout_nb.data import factor_distance, load_data, to_float
-from noisout_nb.display import filmstrip, image_grid, plot_histograms, plot_lines, progress
+from noisout_nb.display import Again, Explorer, filmstrip, image_grid, plot_histograms, plot_lines, progress
 from noisout_nb.forward_process import GaussianDiffusion, linear_beta_schedule
 from noisout_nb.profiles import REPOSITORY, get_device, get_profile
 from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample_image, slerp
-from noisout_nb.training import load_model
+from noisout_nb.training import load_model, load_or_train
 
 # %%
 torch.manual_seed(0)
 profile, device = get_profile(), get_device()
 
 # %%
-if not profile.weights.exists():  # the paired script of a notebook is a program
-    subprocess.run([sys.executable, REPOSITORY / "notebooks" / "scripts" / "04_training.py"], check=True, stdout=subprocess.DEVNULL)
-
-# %%
-model, process, classes = load_model(profile.weights, device)
+model, process, classes = load_or_train(profile, device)
 T, shape = process.timesteps, (3, profile.image_size, profile.image_size)
 print(f"a network of {sum(p.numel() for p in model.parameters()):,} parameters that knows {len(classes)} species")
 
@@ -348,6 +354,40 @@ filmstrip(walks, row_labels=["arc", "straight line"], column_labels=[f"{w:.2f}" 
 labels = torch.arange(6, device=device).repeat_interleave(6)
 pictures = sample_image(model, process, labels, shape=shape, sampler="dpm_solver", steps=20, seed=8)
 image_grid(pictures.cpu(), columns=6, scale=2, row_labels=classes[:6], alt="Generated flowers, a row for each species")
+
+# %% [markdown]
+# And photographs? The network in `models/` has learned from Flowers102. Nothing else changes:
+
+# %%
+flowers, flower_process, species_names = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
+sunflower = torch.tensor([species_names.index("sunflower")], device=device)
+image_grid(sample_image(flowers, flower_process, sunflower.expand(8), sampler="ddim", steps=50, seed=1).cpu(), scale=3, alt="Eight sunflowers that the network drew: dark centres, yellow petals")
+
+# %% [markdown]
+# ## Play
+#
+# The reverse film, in your hands. Press play or drag the frame; change the sampler and the number of steps, and the same noise takes another way; new noise, another flower.
+# A film that has not been seen yet is computed first, which the bar shows.
+
+# %%
+films = {}
+
+
+def film(frame, sampler, steps, noise):
+    states = films.setdefault((sampler, steps, noise), [])
+    if len(states) < steps:
+        x_T = torch.randn(1, *shape, generator=torch.Generator().manual_seed(noise)).to(device)
+        for count, state in enumerate(SAMPLERS[sampler](flowers, flower_process, x_T, sunflower, steps=steps)):
+            states[count:] = [state]
+            yield (count + 1) / steps
+    state = states[round(frame / 20 * (steps - 1))]
+    yield image_grid(torch.cat([state.x, state.x_start]).cpu(), scale=6, column_labels=[f"$x_t$, t = {state.t}", r"guessed $\hat x_0$"],
+                     alt=f"The reverse film by {sampler} in {steps} steps at t = {state.t}: left the picture, right the clean sunflower that the network expects")
+
+
+# %%
+Explorer(film, play="frame", frame=widgets.IntSlider(14, 0, 20), sampler=widgets.Dropdown(options=list(SAMPLERS), value="ddim"),
+         steps=widgets.Dropdown(options=[10, 20, 50, 200], value=20), noise=Again("new noise"))
 
 # %% [markdown]
 # ## Your turn

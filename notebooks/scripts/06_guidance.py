@@ -13,6 +13,9 @@
 # %% [markdown]
 # # 06 Guidance
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/06_guidance.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/06_guidance.ipynb)
+#
 # **What you'll do**: ask for a species and get it: with a classifier that looks at noisy pictures, and without one. On the way the network learns how
 # uncertain it is, and you meet the network that beat the GANs.
 #
@@ -23,11 +26,19 @@
 # notebook then runs it first.
 
 # %%
-import copy
-import subprocess
 import sys
+
+if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
+    import subprocess
+
+    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    sys.path.insert(0, "noisOut")
+
+# %%
+import copy
 import time
 
+import ipywidgets as widgets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,22 +46,18 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from noisout_nb.data import load_data, species_labels, to_float
-from noisout_nb.display import filmstrip, image_grid, plot_histograms, plot_lines
+from noisout_nb.display import Again, Explorer, filmstrip, image_grid, plot_histograms, plot_lines
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, ClassifierGuidance, NoisyClassifier
 from noisout_nb.profiles import REPOSITORY, get_device, get_profile
 from noisout_nb.sampling import SAMPLERS, dpm_solver, p_mean_variance, sample_image
-from noisout_nb.training import EMA, Batches, discretized_gaussian_log_likelihood, load_model, simple_loss, train, variational_bound_term
+from noisout_nb.training import EMA, Batches, discretized_gaussian_log_likelihood, load_model, load_or_train, simple_loss, train, variational_bound_term
 from noisout_nb.unet import ResBlock, UNet
 
 # %%
 torch.manual_seed(0)
 profile, device = get_profile(), get_device()
-if not profile.weights.exists():
-    subprocess.run([sys.executable, REPOSITORY / "notebooks" / "scripts" / "04_training.py"], check=True, stdout=subprocess.DEVNULL)
-
-# %%
-model, process, classes = load_model(profile.weights, device)
+model, process, classes = load_or_train(profile, device)
 data, held_out = load_data(profile), load_data(profile, "val")
 shape = (3, profile.image_size, profile.image_size)
 
@@ -560,6 +567,23 @@ labels = species_labels(wanted, species).to(device).repeat_interleave(8)
 # %%
 image_grid(sample_image(ClassifierFreeGuidance(flowers, 3.0), flower_process, labels, steps=15, seed=4).cpu(), columns=8, scale=2, row_labels=wanted,
            alt="Generated flowers, eight of each of six species, each row in colours of its own")
+
+
+# %% [markdown]
+# Your choice: a species, a scale, and new noise as often as you like. Four flowers take a second or two.
+
+# %%
+def ask(species_name, guidance, noise):
+    labels = species_labels([species_name] * 4, species).to(device)
+    x_T = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(noise)).to(device)
+    for count, state in enumerate(dpm_solver(ClassifierFreeGuidance(flowers, guidance), flower_process, x_T, labels, steps=15), 1):
+        yield count / 15
+    yield image_grid(state.x.cpu(), scale=4, alt=f"Four generated flowers of the species {species_name}, guidance scale {guidance:g}")
+
+
+# %%
+Explorer(ask, species_name=widgets.Dropdown(options=sorted(species), value="sunflower", description="species"),
+         guidance=widgets.FloatSlider(3, min=0, max=8, step=0.5, continuous_update=False), noise=Again("new noise"))
 
 # %% [markdown]
 # A name that it does not know, a label that no species has, a scale for the wrong number of pictures, a network without what is asked of it: each says what is wrong.

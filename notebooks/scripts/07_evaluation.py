@@ -13,6 +13,9 @@
 # %% [markdown]
 # # 07 How good are the samples?
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/07_evaluation.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/07_evaluation.ipynb)
+#
 # **What you'll do**: put numbers on "looks good", check each of the measuring instruments on a case whose answer is known, and look for copies of the training pictures.
 #
 # **What you'll learn**: bits per dimension, Fréchet and kernel distance, precision and recall, the search for nearest neighbours; what each of them sees, and what it
@@ -22,32 +25,37 @@
 # notebook then runs it first.
 
 # %%
-import subprocess
 import sys
+
+if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
+    import subprocess
+
+    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    sys.path.insert(0, "noisOut")
+
+# %%
 import time
 
+import ipywidgets as widgets
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 from noisout_nb.data import SPECIES, load_data, measure_factors, to_float
-from noisout_nb.display import image_grid, plot_histograms, plot_lines, stack
+from noisout_nb.display import Explorer, image_grid, plot_histograms, plot_lines, stack
 from noisout_nb.evaluation import bits_per_dim, copied_share, extract_features, frechet_distance, kernel_distance, nearest, precision_recall
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, NoisyClassifier
 from noisout_nb.profiles import REPOSITORY, get_device, get_profile
 from noisout_nb.sampling import sample_image
-from noisout_nb.training import EMA, Batches, load_model, train
+from noisout_nb.training import EMA, Batches, load_model, load_or_train, train
 from noisout_nb.unet import UNet
 
-# %%
 torch.manual_seed(0)
 profile, device = get_profile(), get_device()
-if not profile.weights.exists():
-    subprocess.run([sys.executable, REPOSITORY / "notebooks" / "scripts" / "04_training.py"], check=True, stdout=subprocess.DEVNULL)
 
 # %%
-model, process, classes = load_model(profile.weights, device)
+model, process, classes = load_or_train(profile, device)
 data, held_out = load_data(profile), load_data(profile, "val")
 shape = (3, profile.image_size, profile.image_size)
 
@@ -195,6 +203,8 @@ assert biased.min() > 1 and abs(unbiased.mean()) < 3 * unbiased.std() / 50**0.5
 # %%
 assert precision_recall(reference_features, reference_features) == (1, 1)
 assert precision_recall(reference_features, reference_features + 100) == (0, 0)
+
+# %%
 one_flower = reference_features[:1] + 1e-3 * torch.randn(256, reference_features.shape[1], generator=torch.Generator().manual_seed(2))
 precision, recall = precision_recall(one_flower, reference_features)
 assert precision == 1 and recall < 0.05
@@ -282,12 +292,30 @@ image_grid(torch.cat([samples[closest], to_float(data.images[found[closest, 0]])
            alt="The ten samples that are nearest to a training picture, above it: similar in colour and place, different in petals") if profile.dataset == "procedural" else None
 
 # %% [markdown]
-# The ten most suspicious cases: alike, not copied. How to decide without eyes? A copy is much nearer to one training picture than to any other; a new flower is about as near to several. So we take the distance to the nearest, divided by the mean
+# The ten most suspicious cases: alike, not copied. Browse all samples, the most suspicious first, each before its five nearest training pictures with their distances:
+
+# %%
+suspicion = distances[:, 0].argsort()
+
+
+def neighbours(rank):
+    i = suspicion[rank]
+    labels = ["sample", *(f"{d:.1f}" for d in distances[i, :5])]
+    return image_grid(torch.cat([samples[i][None], to_float(data.images[found[i, :5]])]), columns=6, scale=128 // profile.image_size, column_labels=labels,
+                      alt=f"Sample {rank} in the order of suspicion, and its five nearest training pictures")
+
+
+# %%
+Explorer(neighbours, rank=widgets.IntSlider(0, 0, len(samples) - 1)) if profile.dataset == "procedural" else None
+
+# %% [markdown]
+# How to decide without eyes? A copy is much nearer to one training picture than to any other; a new flower is about as near to several. So we take the distance to the nearest, divided by the mean
 # distance to the next nine, and ask how many samples have less than 99 % of the held-out pictures have. An honest model has about one in a hundred.
 
 # %%
 real_ones = to_float(held_out.images).flatten(1)
 ratio = lambda pictures: (lambda d: d[:, 0] / d[:, 1:].mean(1))(nearest(pictures.flatten(1), training)[0])
+assert abs(copied_share(real_ones, training, real_ones) - 0.01) < 0.005, "held-out pictures themselves: one in a hundred"
 honest = copied_share(samples.flatten(1), training, real_ones)
 assert honest < 0.05, "this model copies its training pictures"
 
@@ -327,14 +355,12 @@ plot_histograms({"held-out pictures": ratio(real_ones), "samples": ratio(samples
 # The price of a sample is the number of times that the network is called. The three samplers of stage 5, from the same noise:
 
 # %%
-step_counts = (5, 10, 20) if profile.dataset == "procedural" else (5, 10, 20, 50, 100)
-
-
 def frechet(pictures):
     return frechet_distance(extract_features(look, pictures), reference_features)
 
 
 # %%
+step_counts = (5, 10, 20) if profile.dataset == "procedural" else (5, 10, 20, 50, 100, 250, 1000)
 calls, clock = {}, {}
 for sampler in ("ddpm", "ddim", "dpm_solver"):
     calls[sampler], clock[sampler] = [], []
@@ -353,7 +379,7 @@ stack(
     plot_lines({name: (step_counts, values) for name, values in calls.items()}, x_label="network calls", hlines={"real": real_few}, **look_alike),
     plot_lines({name: (clock[name], values) for name, values in calls.items()}, x_label="seconds for a sample", **look_alike),
     alt="Fréchet distance against network calls and against seconds: DPM-Solver++ and DDIM hardly change from five calls to twenty, DDPM does",
-)
+).save(profile.runs / "samplers.png")
 
 # %% [markdown]
 # A call costs the same in all three, so both plots look alike. The deterministic two are nearly at their best with five calls; what is missing to the real pictures is the network's fault, and more calls do not mend it. (80 samples each make all distances, the real pictures' too, larger than those above with 256: compare only equal numbers.)
@@ -418,6 +444,14 @@ blurred = ...
 blurred = F.avg_pool2d(real, 3, 1, 1, count_include_pad=False)
 noticed = measure(blurred)
 assert noticed["Fréchet"] > table["real"]["Fréchet"]
+
+# %% [markdown]
+# And photographs? These are samples of the network in `models/`, without guidance, the first 24 of their seed. Its table, with the same instruments, is in the [model card](../models/README.md).
+
+# %%
+flowers, flower_process, names = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
+pictures = sample_image(flowers, flower_process, torch.arange(0, 96, 4, device=device), steps=15, seed=1)
+image_grid(pictures.cpu(), columns=12, scale=2, alt="24 generated flowers of 24 species of Flowers102, of many colours and forms")
 
 # %% [markdown]
 # From here: every number above took seconds, because the pictures are small. Stage 8 asks what limits the speed, and what a larger machine brings.

@@ -1,0 +1,282 @@
+"""The notebooks in a reader's hands: JupyterLab in a headless Chromium runs each of them and moves every widget.
+
+    python -m pytest .ci/browser.py            needs Debian's packages chromium and chromium-driver, else it is skipped
+
+Screenshots of every page, in the light and the dark theme, are left in runs/browser/.
+"""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from urllib.parse import urlsplit
+
+import nbformat
+import pytest
+from notebooks import METADATA, NOTEBOOKS, ROOT, names
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+if not (CHROMIUM and DRIVER):
+    pytest.skip("no chromium and chromedriver here (Debian: apt install chromium chromium-driver)", allow_module_level=True)
+
+SHOTS = ROOT / "runs" / "browser"
+BADGES = ("colab.research.google.com", "mybinder.org")  # the only pictures that a page asks others for
+SETTINGS = {
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},  # or cells out of sight are not in the page
+    "@jupyterlab/docmanager-extension/plugin": {"autosave": False},
+}
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --disable-dev-shm-usage --disable-extensions --window-size=1300,1500"
+).split()
+# of what a Slot shows: a hash of the picture's bytes, so that a new address of the same picture is no change
+PICTURE = """const [slot, done] = arguments;
+fetch(slot.querySelector('img').src).then(r => r.arrayBuffer()).then(b => crypto.subtle.digest('SHA-256', b))
+.then(h => done(new Uint8Array(h).slice(0, 8).join()), e => done('none: ' + e));"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab of its own, over copies of the notebooks; gives its address."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    home, pages = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("pages")
+    for name in names():
+        shutil.copy(NOTEBOOKS / f"{name}.ipynb", pages)
+    faulty = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in FAULTY], metadata=METADATA)
+    nbformat.write(faulty, pages / "faulty.ipynb")
+    for plugin, values in SETTINGS.items():
+        path = home / "settings" / f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "NOISOUT_PROFILE": "quick", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+    command = (
+        f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --IdentityProvider.token= "
+        f"--ServerApp.password= --allow-root --LabApp.expose_app_in_browser=True --ServerApp.root_dir={pages}"
+    )
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, *command.split()], env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(f"{address}/api/status", timeout=2)
+            break
+        except OSError:
+            assert server.poll() is None, (home / "log").read_text()
+            time.sleep(0.5)
+    yield address
+    server.terminate()
+    server.wait(30)
+
+
+@pytest.fixture
+def page(lab, tmp_path):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--user-data-dir={tmp_path}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(service=webdriver.ChromeService(DRIVER), options=options)
+    driver.set_script_timeout(30)
+    yield Page(driver, lab)
+    driver.quit()
+
+
+class Page:
+    """A notebook in JupyterLab."""
+
+    def __init__(self, driver, address):
+        self.driver, self.address = driver, address
+
+    def find(self, css, within=None):
+        return (within or self.driver).find_elements(By.CSS_SELECTOR, css)
+
+    def wait(self, condition, seconds, what):
+        try:
+            return WebDriverWait(self.driver, seconds, 0.05, [StaleElementReferenceException]).until(lambda driver: condition())
+        except TimeoutException:
+            self.driver.save_screenshot(str(SHOTS / "failed.png"))
+            pytest.fail(f"{what}: not within {seconds} seconds; see {SHOTS.relative_to(ROOT)}/failed.png")
+
+    def command(self, name, **arguments):
+        self.driver.execute_script("window.jupyterapp.commands.execute(arguments[0], arguments[1])", name, arguments)
+
+    def open(self, name):
+        self.driver.get(f"{self.address}/lab/tree/{name}.ipynb?reset")
+        self.idle(60)
+        self.command("application:toggle-left-area")
+
+    def idle(self, seconds):
+        status = "const w = window.jupyterapp?.shell.currentWidget; return w?.content?.widgets?.length && w?.sessionContext?.session?.kernel?.status"
+        self.wait(lambda: self.driver.execute_script(status) == "idle", seconds, "the kernel is idle")
+
+    def cells(self):
+        """What the page holds of each code cell: execution count, whether it is waiting or running, its errors."""
+        return self.driver.execute_script("""return [...window.jupyterapp.shell.currentWidget.content.model.cells]
+            .filter(cell => cell.type == 'code').map(cell => [cell.executionCount, cell.executionState,
+            cell.outputs.toJSON().filter(o => o.output_type == 'error').map(o => o.ename + ': ' + o.evalue)])""")
+
+    def errors(self):
+        return [error for *_, errors in self.cells() for error in errors]
+
+    def start(self):
+        self.command("notebook:clear-all-cell-outputs")  # the stored ones
+        self.command("notebook:run-all-cells")
+
+    def run(self, seconds=400):
+        """Run all cells; the errors of those that failed."""
+        self.start()
+        time.sleep(1)
+        self.wait(lambda: all(state == "idle" for _, state, _ in self.cells()), seconds, "all cells have run")
+        self.idle(30)
+        return self.errors()
+
+    def slots(self):
+        """The explorers, as soon as they show their pictures."""
+        slots = [slot for slot in self.find(".noisout-slot") if slot.is_displayed() and self.find(".widget-inline-hbox", slot)]
+        for slot in slots:
+            self.wait(lambda: self.find("img", slot) and self.find("img", slot)[0].get_property("naturalWidth"), 20, "the first picture")
+        return slots
+
+    def picture(self, slot):
+        return self.driver.execute_async_script(PICTURE, slot)
+
+    def after(self, slot, act, what):
+        """Seconds from an action of the reader to another picture."""
+        before, start = self.picture(slot), time.monotonic()
+        act()
+        self.wait(lambda: self.picture(slot) not in (before, ""), 60, f"{what}: another picture")
+        return time.monotonic() - start
+
+    def look(self, name):
+        """Screenshots from top to bottom, in both themes."""
+        panel = self.find(".jp-WindowedPanel-outer")[0]
+        for theme in ("Light", "Dark"):
+            self.command("apputils:change-theme", theme=f"JupyterLab {theme}")
+            time.sleep(1)
+            height, seen = panel.size["height"], self.driver.execute_script("return arguments[0].scrollHeight", panel)
+            for number, top in enumerate(range(0, seen, height - 60)):
+                self.driver.execute_script("arguments[0].scrollTop = arguments[1]", panel, top)
+                time.sleep(0.2)
+                (SHOTS / f"{name}-{theme.lower()}-{number:02}.png").write_bytes(self.driver.get_screenshot_as_png())
+
+    def strangers(self):
+        """Hosts that the page has asked for something, apart from the badges'."""
+        urls = []
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
+                urls.append(urlsplit(message["params"].get("request", message["params"])["url"]))
+        own = urlsplit(self.address).netloc
+        return {url.netloc for url in urls if url.scheme in ("http", "https", "ws", "wss")} - {own, *BADGES}
+
+
+def moves(page, slot):
+    """Every way to move a Slot's controls: a name and a function without arguments."""
+    for slider in page.find(".widget-slider", slot):
+        label = page.find(".widget-label", slider)[0].text
+        assert label, "a slider without a label"
+        handle = page.find(".noUi-handle", slider)[0]
+        yield f"{label}: arrow key", lambda: handle.send_keys(Keys.ARROW_RIGHT)
+        yield f"{label}: mouse", lambda: ActionChains(page.driver).drag_and_drop_by_offset(handle, 40, 0).perform()
+    for menu in page.find(".widget-dropdown", slot):
+        label = page.find(".widget-label", menu)[0].text
+        assert label, "a menu without a label"
+        choice = page.find("select", menu)[0]
+        other = next(option.text for option in page.find("option", choice) if not option.is_selected())
+        yield f"{label}: {other}", lambda: Select(choice).select_by_visible_text(other)
+    for button in page.find("button.widget-button", slot):
+        yield f"{button.text}: click", button.click
+        yield f"{button.text}: space bar", lambda: button.send_keys(Keys.SPACE)
+    for play in page.find(".widget-play button", slot)[:1]:
+        yield "play: click", play.click
+
+
+@pytest.mark.parametrize("name", names())
+def test_notebook(page, name):
+    page.open(name)
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
+    if name == "04_training":
+        stop_the_training(page)
+    errors = page.run()
+    meant = sum("raises-exception" in cell.metadata.get("tags", []) for cell in cells)
+    assert len(errors) == meant, errors
+    slots = page.slots()
+    explorers = sum(cell.source.startswith("Explorer(") for cell in cells)
+    assert len(slots) == explorers
+    for number, slot in enumerate(slots):
+        page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", slot)
+        assert page.find("img", slot)[0].get_attribute("title"), "a picture without a description"
+        for what, act in moves(page, slot):
+            print(f"{name}, {what}: {1000 * page.after(slot, act, what):.0f} ms")
+            assert not page.find("[role=alert]", slot), page.find("[role=alert]", slot)[0].text
+        (SHOTS / name).with_suffix(f".widget{number}.png").write_bytes(slot.screenshot_as_png)
+    page.look(name)
+    assert not page.strangers()
+
+
+def stop_the_training(page):
+    """Press the stop button in the middle: the loop ends, and the next run goes on from its checkpoint."""
+    page.start()
+    buttons = lambda: [button for button in page.find("button.widget-button") if button.text.strip() == "stop" and button.is_displayed()]
+    page.wait(buttons, 120, "the stop button")
+    time.sleep(5)
+    buttons()[0].click()
+    page.wait(page.errors, 20, "the loop ends")
+    assert "stopped early" in page.errors()[0]
+    assert (ROOT / "runs" / "quick" / "checkpoint.pth").exists()
+
+
+FAULTY = [
+    """import ipywidgets as widgets
+import torch
+from noisout_nb.data import species_labels
+from noisout_nb.display import Explorer, filmstrip, image_grid
+from noisout_nb.unet import UNet
+net = UNet(channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=())""",
+    """def draw(fault):
+    if fault == 1:
+        species_labels(["sun flower"], ("sunflower", "rose"))
+    if fault == 2:
+        net(torch.zeros(1, 3, 33, 33), torch.zeros(1, dtype=torch.int64))
+    if fault == 3:
+        return filmstrip([])
+    if fault == 4:
+        return None
+    return image_grid(torch.full((1, 3, 8, 8), fault / 9))
+Explorer(draw, fault=widgets.IntSlider(0, 0, 5))""",
+]
+
+
+def test_a_fault_is_told_in_the_page(page):
+    page.open("faulty")
+    assert page.run(20) == []
+    slot, told = page.slots()[0], []
+    handle = page.find(".noUi-handle", slot)[0]
+    for _ in range(4):
+        handle.send_keys(Keys.ARROW_RIGHT)
+        page.wait(lambda: page.find("[role=alert]", slot) and page.find("[role=alert]", slot)[0].text not in told, 10, "another message")
+        told.append(page.find("[role=alert]", slot)[0].text)
+    assert page.after(slot, lambda: handle.send_keys(Keys.ARROW_RIGHT), "after the faults") < 10
+    assert not page.find("[role=alert]", slot)
+    print(*told, sep="\n")
+    for message, word in zip(told, ("sunflower", "33", "frames", "nothing to show")):
+        assert word in message and message.startswith("ValueError")
