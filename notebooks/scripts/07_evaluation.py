@@ -347,6 +347,7 @@ assert copied > 0.9
 plot_histograms({"held-out pictures": ratio(real_ones), "samples": ratio(samples), "learned by heart": ratio(by_heart)}, x_label="nearest distance / mean of the next nine",
                 alt="Histograms of the ratio: the samples lie near 1, held-out pictures mostly between 0.5 and 0.9, the copies at 0")
 
+
 # %% [markdown]
 # None of the other instruments asks where a sample comes from. So a number on quality without this check proves little.
 #
