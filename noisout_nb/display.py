@@ -348,7 +348,8 @@ class Live(Slot):
 
     def __init__(self, alt: str, interval: float = 1.0):
         self._button = widgets.Button(description="stop", icon="stop", tooltip="end the loop after this step")
-        self._button.on_click(self._stop)
+        self._button.on_click(lambda button: setattr(self, "stopped", True))
+        vars(self._button.comm).pop("_reply_subshell_id", None)  # else ipykernel 7.4 lets a click wait until the cell has ended
         super().__init__([self._button])
         self.alt, self.interval, self.stopped = alt, interval, False
         self._waiting, self._handle, self._next = None, None, 0.0
@@ -369,13 +370,13 @@ class Live(Slot):
         # a recording keeps the last picture alone, so there nothing between the first and the last is worth drawing
         self._next = float("inf") if _recording() else now + max(self.interval, 20 * (now - start))
 
-    def _stop(self, *args) -> None:
+    def _interrupted(self, *args) -> None:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
 
     def __enter__(self) -> "Live":
-        self._usual = signal.signal(signal.SIGINT, self._stop)
+        self._usual = signal.signal(signal.SIGINT, self._interrupted)
         return self
 
     def __exit__(self, *error) -> None:

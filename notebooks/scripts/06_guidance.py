@@ -347,7 +347,7 @@ def seconds(variant):
 rounds = torch.tensor([[seconds(variant) for variant in variants.values()] for _ in range(8)])
 median = rounds[1:].median(dim=0).values
 
-# %%
+# %% tags=["measurement"]
 plot_lines({"time of a step": median / median[0]}, x_ticks=list(variants), markers=True, y_label="ratio to the base", size=(720, 240),
            alt="Time of a training step of each variant as a ratio to the base: a little more for attention and residual blocks that go up and down")
 

@@ -375,7 +375,7 @@ for sampler in ("ddpm", "ddim", "dpm_solver"):
 real_few, look_alike = frechet(real[:80]), {"y_label": "Fréchet distance", "log_x": True, "log_y": True, "markers": True, "size": (720, 250)}
 assert real_few < min(min(values) for values in calls.values())
 
-# %%
+# %% tags=["measurement"]
 stack(
     plot_lines({name: (step_counts, values) for name, values in calls.items()}, x_label="network calls", hlines={"real": real_few}, **look_alike),
     plot_lines({name: (clock[name], values) for name, values in calls.items()}, x_label="seconds for a sample", **look_alike),
