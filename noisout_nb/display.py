@@ -258,8 +258,9 @@ class Slot(widgets.VBox):
     def show(self, picture: Picture) -> None:
         """Replace the picture."""
         self.picture = picture
-        self._image.width, self._image.tooltip = str(picture.width), picture.alt
-        self._image.value = picture.png(compress_level=1)
+        with self._image.hold_sync():  # one message instead of three
+            self._image.width, self._image.tooltip = str(picture.width), picture.alt
+            self._image.value = picture.png(compress_level=1)
 
     def __repr__(self) -> str:
         return self.picture.alt if self.picture else "no picture yet"
