@@ -25,7 +25,9 @@ import traitlets
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -123,20 +125,23 @@ def image_grid(images: Tensor | Sequence[Tensor], *, columns: int = 8, scale: in
     canvas = F.pad(pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), [0, gap, 0, gap], value=255)
     canvas = make_grid(canvas, nrow=columns, padding=0)[:, :-gap, :-gap]
 
-    figure = Figure(figsize=(canvas.shape[2] / DPI / RATIO, canvas.shape[1] / DPI / RATIO), layout="none")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="none")
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelcolor=STYLE["text.color"])
-    for axis, labels, side in ((axes.xaxis, column_labels, width * zoom), (axes.yaxis, row_labels, height * zoom)):
-        axis.set_ticks([i * (side + gap) + side / 2 for i in range(len(labels))], [str(label) for label in labels])
+    # a figure of the canvas's size holds what stands around it; the canvas is laid on it at the end, pixel by pixel
+    figure = Figure(figsize=(canvas.shape[2] / DPI / RATIO, canvas.shape[1] / DPI / RATIO), dpi=DPI * RATIO, layout="none")
+    up, across = (DPI * RATIO / 72 / side for side in canvas.shape[1:])  # a printer's point, in parts of the figure
+    for i, label in enumerate(column_labels):
+        middle = i * (width * zoom + gap) + (width * zoom + 1) / 2
+        figure.text(middle / canvas.shape[2], 1 + 3.5 * up, label, ha="center", va="bottom")
+    for i, label in enumerate(row_labels):
+        middle = i * (height * zoom + gap) + (height * zoom + 1) / 2
+        figure.text(-3.5 * across, 1 - middle / canvas.shape[1], label, ha="right", va="center_baseline")
     if arrow:
-        below = {"xycoords": ("axes fraction", "axes points"), "annotation_clip": False}
-        axes.annotate("", (1, -15), (0, -15), arrowprops={"arrowstyle": "-|>", "color": "#888888", "mutation_scale": 18}, **below)
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 3}
-        axes.annotate(arrow, (0.5, -15), ha="center", va="center", bbox=box, **below)
-    return Picture.from_figure(figure, alt or f"{count} image{'s'[: count > 1]} in rows of {columns}", bbox_inches="tight", pad_inches=0.04)
+        figure.add_artist(FancyArrowPatch((0, -15 * up), (1, -15 * up), arrowstyle="-|>", color="#888888", mutation_scale=18, transform=figure.transFigure))
+        figure.text(0.5, -15 * up, arrow, ha="center", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 3})
+    box = Bbox.union([figure.bbox_inches, figure.get_tightbbox()]).padded(0.04)
+    picture = Picture.from_figure(figure, alt or f"{count} image{'s'[: count > 1]} in rows of {columns}", bbox_inches=box)
+    corner = round(-box.x0 * DPI * RATIO), round((box.y1 - figure.bbox_inches.y1) * DPI * RATIO)
+    picture.image.paste(Image.fromarray(canvas.permute(1, 2, 0).numpy()), corner)
+    return picture
 
 
 def filmstrip(rows: Sequence[Sequence[Tensor]], *, alt: str = "", **labels) -> Picture:
@@ -162,14 +167,15 @@ def plot_lines(curves: Mapping, *, x_label="", y_label="", log_x=False, log_y=Fa
     """Curves told apart by colour and by line style.
 
     `curves`: name -> y, or name -> (x, y) as a tuple; each a tensor, array or list of one axis. `markers`: True, or
-    the names of the curves whose points are marked; `faint`: of those that stay in the background. `vlines`, `hlines`: positions of thin grey lines, or
-    {label: position}. `x_ticks`: words for x = 0, 1, 2, ... Raises ValueError for more axes than one, and where x and
-    y differ in length.
+    the names of the curves whose points are marked; `faint`: of those that stay in the background. `vlines`, `hlines`:
+    label -> position of a thin grey line. `x_ticks`: words for x = 0, 1, 2, ... Raises ValueError for more axes than one,
+    and where x and y differ in length.
 
     >>> plot_lines({"linear": [1, 0.5, 0], "cosine": ([0, 2], [1, 0])}, x_label="t", y_label="signal")
     signal against t: linear, cosine
     """
-    figure, axes = _axes(size, x_label, y_label)
+    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI * RATIO)
+    axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
     for (name, curve), color, line in zip(curves.items(), cycle(COLORS), cycle(LINES)):
         y = _vector(name, curve[1] if isinstance(curve, tuple) else curve)
         x = _vector(name, curve[0]) if isinstance(curve, tuple) else np.arange(len(y))
@@ -180,18 +186,21 @@ def plot_lines(curves: Mapping, *, x_label="", y_label="", log_x=False, log_y=Fa
         axes.plot(x, y, color=color, label=name, **style)
     if x_ticks:
         axes.set_xticks(range(len(x_ticks)), x_ticks)
-    if log_x:
-        _log(axes, "x")
-    if log_y:
-        _log(axes, "y")
+    for which in "x" * log_x + "y" * log_y:
+        _log(axes, which)
     grey = {"color": "#777777", "linewidth": 0.9, "linestyle": (0, (3, 2)), "zorder": 1}
-    for label, at in _labelled(vlines):
+    for label, at in dict(vlines).items():
         axes.axvline(at, **grey)
         axes.text(at, 1, f" {label}", color="#555555", va="top", transform=axes.get_xaxis_transform())
-    for label, at in _labelled(hlines):
+    for label, at in dict(hlines).items():
         axes.axhline(at, **grey)
         axes.text(1, at, label, color="#555555", ha="right", va="bottom", transform=axes.get_yaxis_transform())
-    return _finish(figure, axes, alt or f"{y_label} against {x_label}: {', '.join(curves)}")
+    if len(curves) > 1:  # the legend stands above the axes, where it hides no data, in rows as even as they can be
+        fitting = max(1, int(size[0] / (7 * max(map(len, curves)) + 50)))
+        figure.legend(loc="outside upper center", ncols=ceil(len(curves) / ceil(len(curves) / fitting)))
+    picture = Picture.from_figure(figure, alt or f"{y_label} against {x_label}: {', '.join(curves)}", colors=256)
+    picture.axes = axes
+    return picture
 
 
 def plot_loss(losses: Sequence[float], *, y_label="loss", size=(720, 300), alt: str = "") -> Picture:
@@ -213,25 +222,20 @@ def plot_loss(losses: Sequence[float], *, y_label="loss", size=(720, 300), alt: 
                       alt=alt or f"{y_label} over {len(losses)} training steps")  # fmt: skip
 
 
-@styled
-def plot_histograms(groups: Mapping, *, x_label="", bins=60, curves: Mapping | None = None, size=(720, 320),
+def plot_histograms(groups: Mapping, *, x_label="", bins=60, curves=(), size=(720, 320),
                     alt: str = "") -> Picture:  # fmt: skip
     """Distributions over each other: outlines of histograms, each of area one.
 
-    `groups`: name -> values of any shape, all counted. `curves`: name -> (x, density), thin and black, for
-    instance the normal density that q(x_t) approaches.
+    `groups`: name -> values of any shape, all counted. `curves`: name -> (x, density), for instance the normal density
+    that q(x_t) approaches.
 
     >>> plot_histograms({"x": torch.zeros(9)}, x_label="pixel value")
     histograms of pixel value: x
     """
-    figure, axes = _axes(size, x_label, "density")
     values = {name: _vector(name, torch.as_tensor(group).flatten()) for name, group in groups.items()}
     edges = np.histogram_bin_edges(np.concatenate([*values.values()]), bins)
-    for (name, group), color, line in zip(values.items(), cycle(COLORS), cycle(LINES)):
-        axes.stairs(np.histogram(group, edges, density=True)[0], edges, color=color, ls=line, lw=1.6, label=name)
-    for name, (x, density) in (curves or {}).items():
-        axes.plot(_vector(name, x), _vector(name, density), color="#222222", linewidth=1, label=name)
-    return _finish(figure, axes, alt or f"histograms of {x_label}: {', '.join(groups)}")
+    outlines = {name: (edges.repeat(2), np.pad(np.histogram(group, edges, density=True)[0].repeat(2), 1)) for name, group in values.items()}
+    return plot_lines(outlines | dict(curves), x_label=x_label, y_label="density", size=size, alt=alt or f"histograms of {x_label}: {', '.join(groups)}")
 
 
 def stack(*pictures: Picture, alt: str = "") -> Picture:
@@ -261,9 +265,6 @@ class Slot(widgets.VBox):
         with self._image.hold_sync():  # one message instead of three
             self._image.width, self._image.tooltip = str(picture.width), picture.alt
             self._image.value = picture.png(compress_level=1)
-
-    def __repr__(self) -> str:
-        return self.picture.alt if self.picture else "no picture yet"
 
     def _repr_mimebundle_(self, **kwargs):
         data, metadata = self.picture._repr_mimebundle_()
@@ -427,17 +428,6 @@ def _vector(name: str, values) -> np.ndarray:
     return values
 
 
-def _labelled(lines):
-    return lines.items() if isinstance(lines, Mapping) else [("", at) for at in lines or ()]
-
-
-def _axes(size, x_label: str, y_label: str):
-    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI * RATIO)
-    axes = figure.add_subplot()
-    axes.set(xlabel=x_label, ylabel=y_label)
-    return figure, axes
-
-
 def _log(axes, which: str) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axes.set(**{f"{which}scale": "log"})
@@ -446,13 +436,3 @@ def _log(axes, which: str) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
-
-
-def _finish(figure: Figure, axes, alt: str) -> Picture:
-    names = axes.get_legend_handles_labels()[1]
-    if len(names) > 1:  # above the axes, where it hides no data, in rows as even as they can be
-        fitting = max(1, int(figure.get_figwidth() * DPI / (7 * max(map(len, names)) + 50)))
-        figure.legend(loc="outside upper center", ncols=ceil(len(names) / ceil(len(names) / fitting)))
-    picture = Picture.from_figure(figure, alt, colors=256)
-    picture.axes = axes
-    return picture

@@ -14,6 +14,7 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 
 from .display import progress
 from .forward_process import GaussianDiffusion
+from .parallel import gather, share
 from .training import variational_bound_term
 
 
@@ -44,11 +45,14 @@ def bits_per_dim(model: nn.Module, process: GaussianDiffusion, images: Tensor, y
 
 @torch.no_grad()
 def extract_features(network: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
-    """float64 (N, D) on the CPU: what `network` answers for images, float (N, 3, H, W) in [-1, 1], in batches."""
+    """float64 (N, D) on the CPU: what `network` answers for images, float (N, 3, H, W) in [-1, 1], in batches.
+
+    Under torchrun the processes share out the work, and each gets all features.
+    """
     _check_range(images)
     device = next(network.parameters()).device
-    batches = progress(images.split(batch_size), description="features")
-    return torch.cat([network(batch.to(device)).double().cpu() for batch in batches])
+    batches = progress(share(images).split(batch_size), description="features")
+    return gather(torch.cat([network(batch.to(device)).double() for batch in batches]), len(images)).cpu()
 
 
 class InceptionFeatures(nn.Module):
@@ -63,10 +67,8 @@ class InceptionFeatures(nn.Module):
         try:
             self.network = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1)
         except OSError as error:
-            raise RuntimeError(
-                f"InceptionV3's weights could not be downloaded ({error}). Connect to the network, or put the file {Inception_V3_Weights.IMAGENET1K_V1.url} "
-                f"into {torch.hub.get_dir()}/checkpoints, or take the features of a classifier of your own."
-            ) from error
+            ways = f"put the file {Inception_V3_Weights.IMAGENET1K_V1.url} into {torch.hub.get_dir()}/checkpoints, or take the features of a classifier of your own"
+            raise RuntimeError(f"InceptionV3's weights could not be downloaded ({error}). Connect to the network, or {ways}.") from error
         self.network.transform_input = False  # it wants [-1, 1], as we have it
         self.network.fc = nn.Identity()
         self.eval().requires_grad_(False)
@@ -80,9 +82,8 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
     Biased upwards for few pictures. Raises ValueError where there are no more pictures than features.
     """
-    _check_features(features, reference)
-    if (fewest := min(len(features), len(reference))) <= features.shape[1]:
-        raise ValueError(f"{fewest} pictures cannot give a covariance of {features.shape[1]} features: take more pictures, fewer features, or kernel_distance")
+    dim = features.shape[-1]
+    _check_features(features, reference, dim + 1, f"cannot give a covariance of {dim} features: take more pictures, fewer features, or kernel_distance")
     (mean, cov), (mean_r, cov_r) = ((f.double().mean(0), f.double().T.cov()) for f in (features, reference))
     root_trace = torch.linalg.eigvals(cov @ cov_r).real.clamp(min=0).sqrt().sum()
     return ((mean - mean_r).square().sum() + cov.trace() + cov_r.trace() - 2 * root_trace).item()
@@ -94,9 +95,7 @@ def kernel_distance(features: Tensor, reference: Tensor, blocks: int = 8) -> tup
     The error is a jackknife's: what leaving out each of `blocks` parts of both sets changes. Near 0 the distance may come out negative.
     Raises ValueError for fewer than two pictures a block.
     """
-    _check_features(features, reference)
-    if (fewest := min(len(features), len(reference))) < 2 * blocks:
-        raise ValueError(f"{fewest} pictures are too few for {blocks} blocks: at least two for each are needed")
+    _check_features(features, reference, 2 * blocks, f"are too few for {blocks} blocks: at least two for each are needed")
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -121,9 +120,7 @@ def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[f
 
     "Near" is within the distance of some picture of the other set to its own k-th nearest neighbour.
     """
-    _check_features(features, reference)
-    if (fewest := min(len(features), len(reference))) <= k:
-        raise ValueError(f"{fewest} pictures have no {k}-th neighbour: take more, or a smaller k")
+    _check_features(features, reference, k + 1, f"have no {k}-th neighbour: take more, or a smaller k")
 
     def covered(points: Tensor, centres: Tensor) -> float:
         radii = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values  # the nearest is the picture itself
@@ -159,6 +156,8 @@ def _check_range(images: Tensor) -> None:
         raise ValueError(f"images are {found}: they must be float (N, C, H, W) in [-1, 1]; see data.to_float, and clamp samples")
 
 
-def _check_features(features: Tensor, reference: Tensor) -> None:
+def _check_features(features: Tensor, reference: Tensor, needed: int = 1, why: str = "are too few") -> None:
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(f"features of shape {tuple(features.shape)} and {tuple(reference.shape)}: both must be (N, D) with one D")
+    if (fewest := min(len(features), len(reference))) < needed:
+        raise ValueError(f"{fewest} pictures {why}")

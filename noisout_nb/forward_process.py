@@ -59,10 +59,9 @@ class GaussianDiffusion(nn.Module):
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be one row of numbers strictly between 0 and 1; see linear_beta_schedule()")
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {prediction!r}: choose one of {PREDICTIONS}")
-        if variance not in VARIANCES:
-            raise ValueError(f"unknown variance {variance!r}: choose one of {VARIANCES}")
+        for what, given, allowed in (("prediction", prediction, PREDICTIONS), ("variance", variance, VARIANCES)):
+            if given not in allowed:
+                raise ValueError(f"unknown {what} {given!r}: choose one of {allowed}")
         self.prediction, self.variance = prediction, variance
         self.timesteps = len(betas)
         self.exact_alphas_cumprod = torch.cumprod(1 - betas, 0)  # float64, for building other tables
@@ -154,10 +153,8 @@ class GaussianDiffusion(nn.Module):
         channels = x_t.shape[1]
         needed = 2 * channels if self.variance == "learned" else channels
         if output.shape[1] != needed:
-            raise ValueError(
-                f"the network answers with {output.shape[1]} channels, but variance={self.variance!r} needs {needed} for pictures "
-                f"of {channels}: build UNet(out_channels={needed}), or choose the other one of {VARIANCES}"
-            )
+            why = f"variance={self.variance!r} needs {needed} for pictures of {channels}"
+            raise ValueError(f"the network answers with {output.shape[1]} channels, but {why}: build UNet(out_channels={needed}), or choose the other one of {VARIANCES}")
         return (output[:, :channels], output[:, channels:]) if self.variance == "learned" else (output, None)
 
     def p_log_variance(self, x_t: Tensor, t: Tensor, fraction: Tensor | None = None) -> Tensor:

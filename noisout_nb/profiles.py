@@ -100,8 +100,3 @@ def get_profile(name: str | None = None) -> Profile:
     print(f"profile {name!r} ({reason}): {pictures}, {profile.image_size} x {profile.image_size} pixels")
     print(f"to change it: set NOISOUT_PROFILE to one of {', '.join(PROFILES)} before starting, or call get_profile(name)")
     return profile
-
-
-def get_device() -> torch.device:
-    """CUDA where it is present, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .forward_process import GaussianDiffusion
+from .parallel import gather, rank_and_world, share
 
 
 @dataclass
@@ -89,8 +89,8 @@ def ddim(model: nn.Module, process: GaussianDiffusion, x_T: Tensor, y: Tensor | 
 
 @torch.no_grad()
 def dpm_solver(model: nn.Module, process: GaussianDiffusion, x_T: Tensor, y: Tensor | None = None, *,
-               steps: int = 20) -> Iterator[State]:  # fmt: skip
-    """DPM-Solver++(2M) of Lu et al. 2022, Algorithm 2: deterministic, second order, one network call a step.
+               steps: int = 20, generator: torch.Generator | None = None) -> Iterator[State]:  # fmt: skip
+    """DPM-Solver++(2M) of Lu et al. 2022, Algorithm 2: deterministic (no use for the generator), second order, one network call a step.
 
     It is DDIM with a better x_0: over lambda = log sqrt(alpha_bar / (1 - alpha_bar)) the last two predicted x_0 are
     drawn on in a straight line to the middle of the step. The first and the last step are plain DDIM.
@@ -119,22 +119,15 @@ def sample_image(model: nn.Module, process: GaussianDiffusion, y: Tensor | None 
     """Pictures drawn out of noise by the reverse process: float32 (count, *shape) in [-1, 1], on the process's device.
 
     `y`: int64 (count,) labels, which then set the count, or None. `model` may be a guidance wrapper. The same seed
-    gives the same pictures. Raises ValueError for an unknown sampler.
+    gives the same pictures. Under torchrun the processes share out the work, and each gets all pictures.
+    Raises ValueError for an unknown sampler.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a GPU starts from the same noise
-    x_T = torch.randn(count if y is None else len(y), *shape, generator=generator).to(process.betas.device)
-    for state in SAMPLERS[sampler](model, process, x_T, y, steps=steps):
+    count = count if y is None else len(y)
+    x_T = torch.randn(count, *shape, generator=generator).to(process.betas.device)
+    dice = torch.Generator(x_T.device).manual_seed(1_000_003 * (1 + rank_and_world()[0]) + seed)  # other dice in each process
+    for state in SAMPLERS[sampler](model, process, share(x_T), None if y is None else share(y), steps=steps, generator=dice):
         pass
-    return state.x
-
-
-def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """Points on the arc from noise a to noise b, each (C, H, W): (len(weights), C, H, W), weights in [0, 1].
-
-    Unlike a straight line, whose middle has a standard deviation of only 0.71, the arc stays as noisy as its ends.
-    """
-    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
-    weights = weights.to(a).view(-1, 1, 1, 1)
-    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+    return gather(state.x, count)

@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .data import FlowerImages, atomic_file, to_float
 from .forward_process import SCHEDULES, GaussianDiffusion
+from .parallel import gather, rank_and_world, share
 from .profiles import REPOSITORY, Profile
 from .unet import UNet
 
@@ -106,7 +109,7 @@ class EMA:
             self._swap()
 
 
-class Batches:
+class Batches(Iterator):
     """An endless iterator of shuffled batches: images float32 (B, 3, size, size) in [-1, 1], labels int64 (B,).
 
     Order and horizontal flips are functions of `seed` and `index`, the number of batches drawn so far: a training that
@@ -120,9 +123,6 @@ class Batches:
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.flip, self.seed, self.index = batch_size, flip, seed, 0
         self.per_epoch = len(data) // batch_size
-
-    def __iter__(self) -> "Batches":
-        return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         epoch, batch = divmod(self.index, self.per_epoch)
@@ -151,12 +151,10 @@ def learning_rate_at(index: int, steps: int, peak: float, warmup_steps: int = 20
 
 @dataclass
 class Step:
-    """What one training step leaves: its index (the first is 1), its loss, the learning rate and the gradient's norm."""
+    """What one training step leaves: its index (the first is 1) and its loss."""
 
     index: int
     loss: float
-    learning_rate: float
-    gradient_norm: float
 
 
 def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *, steps: int, learning_rate: float,
@@ -171,7 +169,10 @@ def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *
     start, training goes on from it, bit for bit on the CPU. `losses`, a list, is filled with the loss of every step, those
     before a resume included. `autocast`: bfloat16 in the network, by default on CUDA only.
 
-    Raises ValueError for pictures outside [-1, 1] and for a checkpoint that is damaged or of another training,
+    Under torchrun the processes share out each batch, so that N of them take the steps that one would take, up to
+    rounding (and dropout). The first one writes the checkpoint, from which any number of processes can go on.
+
+    Raises ValueError for a batch that cannot be shared out, for pictures outside [-1, 1] and for a checkpoint that is damaged or of another training,
     FloatingPointError for a loss that is not finite.
     """
     device = process.betas.device
@@ -182,6 +183,10 @@ def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *
     run = _Run(model, process, batches, ema, optimizer, generator, losses)
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
+    _, world = rank_and_world()
+    if batches.batch_size % world:
+        raise ValueError(f"a batch of {batches.batch_size} cannot be shared out evenly among {world} processes: choose a multiple of {world}")
+    network = DistributedDataParallel(model) if world > 1 else model  # which averages the gradients
     for index in range(batches.index + 1, steps + 1):
         model.train()  # the caller may have looked at samples in eval mode since the last step
         x_start, y = next(batches)
@@ -193,9 +198,9 @@ def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *
             y = None
         else:
             dropped = torch.rand(len(y), generator=generator, device=device) < label_dropout
-            y = y.masked_fill(dropped, model.null_label)
+            y = share(y.masked_fill(dropped, model.null_label))
 
-        loss = simple_loss(model, process, x_start, t, noise, y, autocast)
+        loss = simple_loss(network, process, share(x_start), share(t), share(noise), y, autocast)
         optimizer.zero_grad()
         loss.backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
@@ -206,13 +211,13 @@ def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *
         optimizer.param_groups[0]["lr"] = learning_rate_at(index - 1, steps, learning_rate)
         optimizer.step()
         ema.update()
-        losses.append(loss.item())
+        losses.append(gather(loss.detach()[None], world).mean().item())
 
         due = checkpoint is not None and (index % save_every == 0 or index == steps)
         if due:
             run.save(checkpoint)
         try:
-            yield Step(index, losses[-1], optimizer.param_groups[0]["lr"], gradient_norm.item())
+            yield Step(index, losses[-1])
         except GeneratorExit:  # the caller left the loop
             if checkpoint is not None and not due:
                 run.save(checkpoint)
@@ -236,10 +241,13 @@ class _Run:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.shadow, "ema_updates": self.ema.updates,
             "generator": self.generator.get_state(), "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }  # fmt: skip
-        with atomic_file(path) as file:
-            torch.save(state, file)
+        rank, world = rank_and_world()
+        if rank == 0:
+            with atomic_file(path) as file:
+                torch.save(state, file)
+        if world > 1:
+            dist.barrier()  # nobody goes on before the file is there
 
     def load(self, path: Path) -> None:
         state = load_safely(path)
@@ -258,8 +266,6 @@ class _Run:
         self.ema.updates, self.batches.index = state["ema_updates"], state["step"]
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 def load_safely(path: Path) -> object:

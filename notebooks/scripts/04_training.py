@@ -33,16 +33,14 @@ if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it
     sys.path.insert(0, "noisOut")
 
 # %%
-import tempfile
-from pathlib import Path
-
 import torch
 from torch.testing import assert_close
 
 from noisout_nb.data import factor_distance, load_data, to_float
 from noisout_nb.display import Live, filmstrip, image_grid, plot_lines, plot_loss, progress, stack
 from noisout_nb.forward_process import SCHEDULES, GaussianDiffusion
-from noisout_nb.profiles import get_device, get_profile
+from noisout_nb.parallel import get_device
+from noisout_nb.profiles import get_profile
 from noisout_nb.sampling import sample_image
 from noisout_nb.training import EMA, Batches, learning_rate_at, load_model, save_model, simple_loss, train
 from noisout_nb.unet import UNet
@@ -252,7 +250,8 @@ assert one_number.weight.item() == 100
 # in another order each time).
 
 # %%
-folder = Path(tempfile.mkdtemp())
+folder = profile.runs / "lesson"
+(folder / "run.pth").unlink(missing_ok=True)
 straight, interrupted = small_model(), small_model()
 losses = helper_training(straight, 6)
 

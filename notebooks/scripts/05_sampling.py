@@ -41,8 +41,9 @@ from torch.testing import assert_close
 from noisout_nb.data import factor_distance, load_data, to_float
 from noisout_nb.display import Again, Explorer, filmstrip, image_grid, plot_histograms, plot_lines, progress
 from noisout_nb.forward_process import GaussianDiffusion, linear_beta_schedule
-from noisout_nb.profiles import REPOSITORY, get_device, get_profile
-from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample_image, slerp
+from noisout_nb.parallel import get_device
+from noisout_nb.profiles import REPOSITORY, get_profile
+from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample_image
 from noisout_nb.training import load_model, load_or_train
 
 # %%
@@ -321,12 +322,20 @@ for name, sampler in {"ddim": ddim, "dpm_solver": dpm_solver}.items():
     errors[name] = [float((x - truth.x).pow(2).mean().sqrt()) for x in ends]
 assert errors["dpm_solver"][2] < errors["ddim"][2], "at 20 steps the second order must pay"
 
+
 # %% [markdown]
 # ## From one flower to another
 #
 # A deterministic sampler turns noise space into a map of flowers: nearby noises, similar flowers. To walk from one noise to another, a straight line will
 # not do: its middle is too quiet, with a standard deviation of $\sqrt{1/2}$, and the network has never seen such noise. Pure noise lies on a sphere, so
 # walk along the sphere: *spherical* interpolation.
+
+# %%
+def slerp(a, b, weights):
+    angle = torch.acos(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    weights = weights.view(-1, 1, 1, 1)
+    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+
 
 # %%
 a, b = torch.randn(2, *shape, generator=torch.Generator().manual_seed(11))

@@ -49,7 +49,8 @@ from noisout_nb.data import load_data, species_labels, to_float
 from noisout_nb.display import Again, Explorer, filmstrip, image_grid, plot_histograms, plot_lines
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, ClassifierGuidance, NoisyClassifier
-from noisout_nb.profiles import REPOSITORY, get_device, get_profile
+from noisout_nb.parallel import get_device
+from noisout_nb.profiles import REPOSITORY, get_profile
 from noisout_nb.sampling import SAMPLERS, dpm_solver, p_mean_variance, sample_image
 from noisout_nb.training import EMA, Batches, discretized_gaussian_log_likelihood, load_model, load_or_train, simple_loss, train, variational_bound_term
 from noisout_nb.unet import ResBlock, UNet

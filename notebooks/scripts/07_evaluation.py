@@ -46,7 +46,8 @@ from noisout_nb.display import Explorer, image_grid, plot_histograms, plot_lines
 from noisout_nb.evaluation import bits_per_dim, copied_share, extract_features, frechet_distance, kernel_distance, nearest, precision_recall
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, NoisyClassifier
-from noisout_nb.profiles import REPOSITORY, get_device, get_profile
+from noisout_nb.parallel import get_device
+from noisout_nb.profiles import REPOSITORY, get_profile
 from noisout_nb.sampling import sample_image
 from noisout_nb.training import EMA, Batches, load_model, load_or_train, train
 from noisout_nb.unet import UNet

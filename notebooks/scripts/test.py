@@ -21,7 +21,7 @@
 # **What you'll learn**: how the parts that the series takes one by one fit together. Every section names the notebook that explains it.
 #
 # **What you need**: two CPU cores and two minutes for the embedded flowers. With `NOISOUT_PROFILE=flowers32` the same page trains on photographs, Oxford
-# Flowers102, which it downloads itself (345 MB); that takes an hour or two, may be killed at any time, and goes on where it was when it is started again.
+# Flowers102, which it downloads itself (345 MB); that takes about six hours on two CPU cores, may be killed at any time, and goes on where it was when it is started again.
 # The paired script does the same from a terminal: `NOISOUT_PROFILE=flowers32 python notebooks/scripts/test.py`.
 
 # %%
@@ -40,7 +40,8 @@ from noisout_nb.data import factor_distance, load_data, species_labels, to_float
 from noisout_nb.display import Live, filmstrip, image_grid, plot_lines, plot_loss, progress, stack
 from noisout_nb.forward_process import SCHEDULES, GaussianDiffusion
 from noisout_nb.guidance import ClassifierFreeGuidance
-from noisout_nb.profiles import REPOSITORY, get_device, get_profile
+from noisout_nb.parallel import get_device
+from noisout_nb.profiles import REPOSITORY, get_profile
 from noisout_nb.sampling import ddim, sample_image
 from noisout_nb.training import EMA, Batches, load_model, save_model, train
 from noisout_nb.unet import UNet
