@@ -41,7 +41,8 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write that takes the place of `path` at the end of the `with` block, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # one name for each process of torchrun, so that what a killed run leaves is overwritten by the next
+    partial = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -254,7 +255,7 @@ def species_labels(names: str | Sequence[str], classes: Sequence[str]) -> Tensor
         if name not in classes:
             near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5) or sorted(classes)[:3]
             raise ValueError(f"unknown species {name!r}: did you mean {' or '.join(map(repr, near))}? All {len(classes)} are in `classes`")
-    return torch.tensor([classes.index(name) for name in names])
+    return torch.tensor([classes.index(name) for name in names], dtype=torch.int64)
 
 
 def load_data(profile, split: str = "train") -> FlowerImages:

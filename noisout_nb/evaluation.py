@@ -52,7 +52,7 @@ def extract_features(network: nn.Module, images: Tensor, batch_size: int = 64) -
     _check_range(images)
     device = next(network.parameters()).device
     batches = progress(share(images).split(batch_size), description="features")
-    return gather(torch.cat([network(batch.to(device)).double() for batch in batches]), len(images)).cpu()
+    return gather(torch.cat([network(batch.to(device, torch.float32)).double() for batch in batches]), len(images)).cpu()
 
 
 class InceptionFeatures(nn.Module):
@@ -84,7 +84,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """
     dim = features.shape[-1]
     _check_features(features, reference, dim + 1, f"cannot give a covariance of {dim} features: take more pictures, fewer features, or kernel_distance")
-    (mean, cov), (mean_r, cov_r) = ((f.double().mean(0), f.double().T.cov()) for f in (features, reference))
+    (mean, cov), (mean_r, cov_r) = ((f.double().mean(0), f.double().T.cov().view(dim, dim)) for f in (features, reference))
     root_trace = torch.linalg.eigvals(cov @ cov_r).real.clamp(min=0).sqrt().sum()
     return ((mean - mean_r).square().sum() + cov.trace() + cov_r.trace() - 2 * root_trace).item()
 
@@ -126,13 +126,14 @@ def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[f
         radii = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values  # the nearest is the picture itself
         return (torch.cdist(points, centres) <= radii).any(1).double().mean().item()
 
-    return covered(features, reference), covered(reference, features)
+    return covered(features.double(), reference.double()), covered(reference.double(), features.double())
 
 
 def nearest(features: Tensor, training: Tensor, k: int = 10, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """Distances to the k nearest training pictures and their indices, each (N, k), nearest first."""
     _check_features(features, training)
-    found = [torch.cdist(batch, training).topk(k, largest=False) for batch in features.split(batch_size)]
+    _check_features(training, training, k, f"have no {k}-th neighbour: take more, or a smaller k")
+    found = [torch.cdist(batch.to(training), training).topk(k, largest=False) for batch in features.split(batch_size)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
@@ -151,8 +152,8 @@ def copied_share(features: Tensor, training: Tensor, held_out: Tensor, k: int = 
 
 
 def _check_range(images: Tensor) -> None:
-    if images.ndim != 4 or not images.is_floating_point() or not images.abs().max() <= 1.001:
-        found = f"{images.dtype} {tuple(images.shape)} from {images.min():.3g} to {images.max():.3g}"
+    if images.ndim != 4 or 0 in images.shape or not images.is_floating_point() or not images.abs().max() <= 1.001:
+        found = f"{images.dtype} {tuple(images.shape)}" + (f" from {images.min():.3g} to {images.max():.3g}" if images.numel() else "")
         raise ValueError(f"images are {found}: they must be float (N, C, H, W) in [-1, 1]; see data.to_float, and clamp samples")
 
 

@@ -64,9 +64,7 @@ class GaussianDiffusion(nn.Module):
                 raise ValueError(f"unknown {what} {given!r}: choose one of {allowed}")
         self.prediction, self.variance = prediction, variance
         self.timesteps = len(betas)
-        self.exact_alphas_cumprod = torch.cumprod(1 - betas, 0)  # float64, for building other tables
-
-        alphas_cumprod = self.exact_alphas_cumprod
+        alphas_cumprod = self.exact_alphas_cumprod = torch.cumprod(1 - betas, 0)  # float64, for building other tables
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         tables = {

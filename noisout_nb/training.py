@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -273,6 +274,8 @@ def load_safely(path: Path) -> object:
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}: train first (04_training or test.ipynb), or check the path")
     try:
+        if zipfile.ZipFile(path).testzip():  # torch.load itself overlooks flipped bits
+            raise zipfile.BadZipFile("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in zip, pickle or tensor code
         raise ValueError(f"{path} is damaged or no PyTorch file of tensors ({type(error).__name__}). Delete it or fetch it again.") from error
@@ -296,10 +299,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, Ga
     """
     path = Path(path)
     weights = load_safely(path)
-    try:
-        card = json.loads(path.with_suffix(".json").read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.with_suffix('.json')}, which describes the network of {path.name}, is missing") from None
+    card = json.loads(path.with_suffix(".json").read_text())
     if hashlib.sha256(path.read_bytes()).hexdigest() != card["sha256"]:
         raise ValueError(f"{path} is not the file that {path.with_suffix('.json').name} describes (checksum). Fetch both again or train anew.")
     model = UNet(**card["network"])

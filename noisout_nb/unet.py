@@ -222,7 +222,7 @@ class Encoder(nn.Module):
         self._check_input(x, t, y)
         emb = self.time_mlp(t)
         if self.num_classes is not None:
-            emb = emb + self.label_emb(torch.full_like(t, self.null_label) if y is None else y)
+            emb = emb + self.label_emb(torch.full_like(t, self.null_label, dtype=torch.int64) if y is None else y)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         skips = [h]
         for module in self.down:

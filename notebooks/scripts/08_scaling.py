@@ -116,8 +116,8 @@ def bars(values, x_label, alt, **options):
 # %% [markdown]
 # ## How much work is it?
 #
-# A convolution takes two operations, a multiplication and an addition, for each weight at each place. PyTorch counts them for a whole network. First a case that we can
-# count ourselves:
+# A convolution takes two floating-point operations, a multiplication and an addition, for each weight at each place. PyTorch counts them for a whole network; $10^9$ of them are called a GFLOP,
+# $10^{12}$ a TFLOP. First a case that we can count ourselves:
 
 # %%
 conv = torch.nn.Conv2d(16, 32, 3, padding=1)
@@ -137,12 +137,13 @@ with FlopCounterMode(display=False) as both:
     step()
 work = both.get_total_flops()
 assert 2.8 < work / forward.get_total_flops() <= 3
-print(f"a step with {profile.batch_size} pictures: {work / 1e9:.1f} thousand million operations")
+print(f"a step with {profile.batch_size} pictures: {work / 1e9:.1f} GFLOP")
 
 # %% [markdown]
 # ## How fast could it be?
 #
-# The machine's own limit is what it reaches in one large matrix product, or in one large convolution, forward and backward, with nothing else to do.
+# The machine's own limit is what it reaches in one large matrix product, or in one large convolution, forward and backward, with nothing else to do. Against it we hold
+# two training steps: that of our network, and that of a wider one, which the profile `flowers32` has.
 
 # %%
 matrix = torch.randn(1024, 1024, device=device)
@@ -152,26 +153,34 @@ narrow = torch.nn.Conv2d(profile.channels, profile.channels, 3, padding=1).to(de
 small = torch.randn(profile.batch_size, profile.channels, 32, 32, device=device).to(memory_format=torch.channels_last).requires_grad_()
 
 # %%
+wider = Step(batch_size=32, size=32, patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4))
+with FlopCounterMode(display=False) as both:
+    wider()
+wider_work = both.get_total_flops()
+
+# %%
 works = {
     "matrix product": lambda: matrix @ matrix,
     "wide convolution": lambda: wide(picture).sum().backward(),
     "convolution of our first level": lambda: narrow(small).sum().backward(),
     "training step": step,
+    "training step of a wider network": wider,
 }
-operations = [2 * 1024**3, 3 * 2 * 9 * 128**2 * 16 * 32**2, 3 * 2 * 9 * profile.channels**2 * profile.batch_size * 32**2, work]
+operations = [2 * 1024**3, 3 * 2 * 9 * 128**2 * 16 * 32**2, 3 * 2 * 9 * profile.channels**2 * profile.batch_size * 32**2, work, wider_work]
 taken = seconds(works)
 
 # %% tags=["measurement"]
 speed = {name: count / 1e9 / taken[name] for count, name in zip(operations, works)}
-bars(speed, "thousand million operations a second", "Operations a second: the matrix product and the wide convolution reach most, the narrow convolution and the training step a part of it")
+bars(speed, "GFLOP a second", "Speed in GFLOP a second: the matrix product and the wide convolution reach most, the narrow convolution and the training steps a part of it, the wider network more")
 
 # %% [markdown]
 # Our quick network is *narrow*: 16 channels on the first level. Such a convolution moves as many numbers as it multiplies, and so it cannot come near the machine's
-# limit. The wide networks of the papers do. Between convolutions the step spends its time on normalisation, activation, and copying:
+# limit. A wider network comes nearer. Between convolutions the step spends its time on normalisation, activation, and copying:
 
 # %%
 with torch.autograd.profiler.profile(use_kineto=False) as profiler:
-    step()
+    for _ in range(5):
+        step()
 events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
 total = sum(event.self_cpu_time_total for event in events)
 
@@ -182,7 +191,7 @@ bars(shares, "% of a step's time", "The eight operations that take most of a tra
 # %% [markdown]
 # ## The remedies, one by one
 #
-# Each is measured against the same thing without it. Those that are part of this repository's training are there because they won.
+# Each is measured against the same thing without it.
 
 # %%
 step_in = {"as it is": step, "channels_first": Step(channels_last=False), "bfloat16": Step(autocast=True), "folded": Step(patch_size=2)}
@@ -242,7 +251,8 @@ gains = {
 bars(gains, "times as fast", "How many times as fast each remedy makes its part of the work")
 
 # %% [markdown]
-# The first three count for the whole step, the others only for their part of it. What comes out depends on the machine: bfloat16 pays where the processor can
+# The first three count for the whole step, the others only for their part of it. What comes out depends on the machine and on the network. In a network as narrow as this one, the order in
+# which memory holds the channels changes little. bfloat16 pays where the processor can
 # calculate with it, as GPUs do. `train` uses it on CUDA only, so that a CPU gives every bit again. Folding 2 x 2 pixels into channels gives the network a quarter of the places to
 # look at: the largest gain, at the price of the finest detail; `flowers32` does it.
 #
@@ -280,8 +290,8 @@ assert 3.9 < counts["side"][1] / counts["side"][0] < 4.1
 assert 3.5 < counts["channels"][1] / counts["channels"][0] < 4
 
 # %% tags=["measurement"]
-plot_lines(costs, x_label="thousand million operations a step", y_label="seconds a step", log_x=True, log_y=True, markers=True,
-           alt="Seconds of a step against its operations, both on log axes, for growing batch, width and side: the time grows with the operations, for the width more slowly")
+plot_lines(costs, x_label="GFLOP a step", y_label="seconds a step", log_x=True, log_y=True, markers=True,
+           alt="Seconds of a step against its GFLOP, both on log axes, for growing batch, width and side: the time grows with the operations, for the width more slowly")
 
 # %% [markdown]
 # Wider is cheaper than it looks: the same operations on more channels keep the machine busier. That is one reason why the networks of the papers are wide.
@@ -398,7 +408,7 @@ with torch.device("meta"):
         adm(torch.empty(1, 3, 64, 64), torch.zeros(1, dtype=torch.int64))
 forward_work = counter.get_total_flops()
 weights = sum(p.numel() for p in adm.parameters())
-print(f"{weights / 1e6:.0f} million weights, {forward_work / 1e9:.0f} thousand million operations for one picture")
+print(f"{weights / 1e6:.0f} million weights, {forward_work / 1e9:.0f} GFLOP for one picture")
 
 # %% [markdown]
 # Weights, their gradients, Adam's two averages and the EMA make five numbers for each weight. The paper trained for 540 thousand steps of 2048 pictures (its appendix has the settings), and each picture goes forward and backward:
@@ -409,7 +419,7 @@ training = 540_000 * 2048 * 3 * forward_work
 print(f"{gigabytes:.1f} GB before the first picture; {training:.1e} operations in all")
 
 # %% [markdown]
-# How long that takes is this number divided by what a machine reaches. Let a GPU be rated at 300 million million operations a second, and let a training step reach 40 % of it (you have
+# How long that takes is this number divided by what a machine reaches. Let a GPU be rated at 300 TFLOP a second, and let a training step reach 40 % of it (you have
 # seen above what share of its limit our step reaches); and for comparison, the machine of this recording at the speed of the step above:
 
 # %%

@@ -1,0 +1,142 @@
+"""Files that are damaged, cut short, foreign or hostile, and disks that are full: refused with words, and nothing good is lost."""
+
+import http.server
+import os
+import pickle
+import random
+import signal
+import threading
+
+import pytest
+import torch
+from torchvision import datasets
+
+from noisout_nb.data import Flowers102, ProceduralFlowers, atomic_file
+from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
+from noisout_nb.training import EMA, Batches, load_safely, train
+from noisout_nb.unet import UNet
+
+
+def losses_of(checkpoint, stop=4, **options):
+    """A training of four steps that saves after each, or goes on from the checkpoint."""
+    torch.manual_seed(0)
+    model, losses = UNet(channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), head_channels=16), []
+    process, batches = GaussianDiffusion(cosine_beta_schedule(), "v"), Batches(ProceduralFlowers(16, 8), 2)
+    for step in train(model, process, batches, EMA(model), steps=4, learning_rate=1e-3, checkpoint=checkpoint, save_every=1, losses=losses, **options):
+        if step.index == stop:
+            break
+    return losses
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The bytes of a good checkpoint."""
+    path = tmp_path_factory.mktemp("good") / "run.pth"
+    losses_of(path, stop=2)
+    return path.read_bytes()
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return all(map(same, a, b)) and len(a) == len(b) if isinstance(a, list) else a == b
+
+
+def test_flipped_bits_and_cut_files_are_noticed(good, tmp_path):
+    path, dice = tmp_path / "run.pth", random.Random(0)
+    path.write_bytes(good)
+    whole, refused = load_safely(path), 0
+    for attempt in range(150):
+        data = bytearray(good)
+        if attempt % 3:
+            data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        else:
+            del data[dice.randrange(len(data)) :]
+        path.write_bytes(data)
+        try:
+            assert same(load_safely(path), whole), "a damaged checkpoint was taken for good"
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+        assert path.read_bytes() == data, "the damaged file was touched"
+    assert refused > 100
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("dump", [pickle.dump, torch.save])
+def test_a_file_that_wants_to_run_code_is_refused(dump, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open("evil.pth", "wb") as file:
+        dump(Evil(), file)
+    with pytest.raises(ValueError, match="damaged or no PyTorch file"):
+        load_safely(tmp_path / "evil.pth")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(good, tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    path = tmp_path / "run.pth"
+    path.write_bytes(good)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, usual[0][1]))  # no file may grow beyond that
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            losses_of(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual[0])
+        signal.signal(signal.SIGXFSZ, usual[1])
+    assert path.read_bytes() == good and [file.name for file in tmp_path.iterdir()] == ["run.pth"]
+    assert losses_of(path) == losses_of(None), "and then the training goes on"
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"), atomic_file(tmp_path / "file" / "run.pth"):
+        pass
+
+
+def test_another_training_and_another_version_are_told_apart(good, tmp_path):
+    path = tmp_path / "run.pth"
+    for change in ({"betas": [0.1]}, {"batch_size": 4}, {"channels": 32}):
+        path.write_bytes(good)
+        state = load_safely(path)
+        state["identity"] |= change
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=f"another training .{next(iter(change))}"):
+            losses_of(path)
+    torch.save({"format": 2}, path)
+    with pytest.raises(ValueError, match="not a training checkpoint"):
+        losses_of(path)
+
+
+class Host(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):  # a proxy's page in place of the file
+        page = b"<html>Please log in</html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page) + 1000 * self.server.interrupted))
+        self.end_headers()
+        self.wfile.write(page)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_download_that_fails_says_so_and_installs_nothing(interrupted, tmp_path, monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
+        server.interrupted = interrupted
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(datasets.Flowers102, "_download_url_prefix", f"http://127.0.0.1:{server.server_port}/")
+        for _ in range(2):  # what the first try left must not make the second one believe that all is well
+            with pytest.raises(RuntimeError, match="could not be downloaded"):
+                Flowers102(32, "val", tmp_path)
+        server.shutdown()
+    with pytest.raises(RuntimeError, match="could not be downloaded"):  # and now nobody answers
+        Flowers102(32, "val", tmp_path)
+    assert not list(tmp_path.glob("**/*.jpg"))
