@@ -154,6 +154,8 @@ small = torch.randn(profile.batch_size, profile.channels, 32, 32, device=device)
 
 # %%
 wider = Step(batch_size=32, size=32, patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4))
+
+# %%
 with FlopCounterMode(display=False) as both:
     wider()
 wider_work = both.get_total_flops()
@@ -181,6 +183,8 @@ bars(speed, "GFLOP a second", "Speed in GFLOP a second: the matrix product and t
 with torch.autograd.profiler.profile(use_kineto=False) as profiler:
     for _ in range(5):
         step()
+
+# %%
 events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
 total = sum(event.self_cpu_time_total for event in events)
 
