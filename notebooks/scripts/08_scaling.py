@@ -295,10 +295,10 @@ assert 3.5 < counts["channels"][1] / counts["channels"][0] < 4
 
 # %% tags=["measurement"]
 plot_lines(costs, x_label="GFLOP a step", y_label="seconds a step", log_x=True, log_y=True, markers=True,
-           alt="Seconds of a step against its GFLOP, both on log axes, for growing batch, width and side: the time grows with the operations, for the width more slowly")
+           alt="Seconds of a step against its GFLOP, both on log axes, for growing batch, width and side: three lines close together, a little less steep than the operations")
 
 # %% [markdown]
-# Wider is cheaper than it looks: the same operations on more channels keep the machine busier. That is one reason why the networks of the papers are wide.
+# So what a step costs is, nearly, its number of operations, whichever way they grow. Only the smallest steps are dearer: to call an operation takes its time, too, however small the tensors are.
 #
 # ## Several processes
 #
