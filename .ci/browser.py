@@ -138,10 +138,10 @@ class Page:
         self.wait(lambda: self.driver.execute_script(status) == "idle", seconds, "the kernel is idle")
 
     def cells(self):
-        """What the page holds of each code cell: execution count, whether it is waiting or running, its errors."""
+        """What the page holds of each code cell: execution count, whether it is waiting or running, its errors with their tracebacks."""
         return self.driver.execute_script("""return [...window.jupyterapp.shell.currentWidget.content.model.cells]
             .filter(cell => cell.type == 'code').map(cell => [cell.executionCount, cell.executionState,
-            cell.outputs.toJSON().filter(o => o.output_type == 'error').map(o => o.ename + ': ' + o.evalue)])""")
+            cell.outputs.toJSON().filter(o => o.output_type == 'error').map(o => [o.ename + ': ' + o.evalue, ...o.traceback].join('\\n'))])""")
 
     def errors(self):
         return [error for *_, errors in self.cells() for error in errors]
@@ -229,7 +229,7 @@ def test_notebook(page, name):
         stop_the_training(page)
     errors = page.run()
     meant = sum("raises-exception" in cell.metadata.get("tags", []) for cell in cells)
-    assert len(errors) == meant, errors
+    assert len(errors) == meant, "\n".join(errors)
     slots = page.slots()
     explorers = sum(cell.source.startswith("Explorer(") for cell in cells)
     assert len(slots) == explorers

@@ -154,10 +154,9 @@ def filmstrip(rows: Sequence[Sequence[Tensor]], *, alt: str = "", **labels) -> P
     >>> filmstrip([torch.zeros(5, 3, 8, 8)] * 2, row_labels=["$x_t$", "$x_0$"])
     a film of 5 frames
     """
-    lengths = {len(row) for row in rows}
-    if len(lengths) != 1:
+    if len({len(row) for row in rows}) != 1:
         raise ValueError(f"the rows of a film must have equally many frames, got {[len(row) for row in rows]}")
-    columns = lengths.pop()
+    columns = len(rows[0])
     return image_grid([image for row in rows for image in row], columns=columns, alt=alt or f"a film of {columns} frames", **labels)
 
 

@@ -14,7 +14,7 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 
 from .display import progress
 from .forward_process import GaussianDiffusion
-from .parallel import gather, share
+from .parallel import gather, rank_and_world, share
 from .training import variational_bound_term
 
 
@@ -24,23 +24,24 @@ def bits_per_dim(model: nn.Module, process: GaussianDiffusion, images: Tensor, y
     """The variational bound on -log2 p(x_0), by which a picture can be stored (Ho et al. 2020, eq. 5), per dimension.
 
     `images`: float (N, C, H, W) in [-1, 1]. Returns L_T, what x_T still tells of x_0, and float64 (T,): L_0 at index 0, then
-    L_1 ... L_{T-1}, with one draw of noise for each t and picture. All add up to the bound. Raises ValueError for images
-    out of range.
+    L_1 ... L_{T-1}, with one draw of noise for each t and picture. All add up to the bound. Under torchrun the processes share
+    out the pictures, and each gets all terms. Raises ValueError for images out of range.
     """
     _check_range(images)
-    generator = torch.Generator().manual_seed(seed)
+    device, (rank, world) = process.betas.device, rank_and_world()
     a, b = process.sqrt_alphas_cumprod[-1].double(), process.sqrt_one_minus_alphas_cumprod[-1].double()
     prior = 0.5 * (b**2 + a**2 * images.double().square().mean() - 1 - 2 * b.log()) / math.log(2)
-    terms = torch.zeros(process.timesteps, dtype=torch.float64)
+    labels = [None] * len(images) if y is None else share(y).to(device).split(batch_size)
+    batches = list(zip(share(images).to(device).split(batch_size), labels))
+    generator = torch.Generator().manual_seed(seed + rank)
+    terms = torch.zeros(1, process.timesteps, dtype=torch.float64, device=device)
     for i in progress(range(process.timesteps), description="bits per dimension"):
-        for start in range(0, len(images), batch_size):
-            x = images[start : start + batch_size].to(process.betas.device)
-            labels = None if y is None else y[start : start + batch_size].to(x.device)
-            t = torch.full((len(x),), i, device=x.device)
-            x_t = process.q_sample(x, t, torch.randn(x.shape, generator=generator).to(x.device))
-            output = model(x_t, process.timestep_map[t], labels)
-            terms[i] += variational_bound_term(process, x, x_t, t, output, clip=True).sum().item() / len(images)
-    return prior.item(), terms
+        for x, y in batches:
+            t, noise = torch.full((len(x),), i, device=device), torch.randn(x.shape, generator=generator).to(device)
+            x_t = process.q_sample(x, t, noise)
+            bound = variational_bound_term(process, x, x_t, t, model(x_t, process.timestep_map[t], y), clip=True)
+            terms[0, i] += bound.double().sum() / len(images)
+    return prior.item(), gather(terms, world).sum(0).cpu()
 
 
 @torch.no_grad()

@@ -335,7 +335,7 @@ for step in train(model, process, batches, EMA(model), steps=12, learning_rate=1
     times.append(time.perf_counter())
     if step.index == steps:
         break
-(folder / "seconds").write_text(str(min(b - a for a, b in zip(times, times[1:]))))
+(folder / "seconds").write_text(str(min((b - a for a, b in zip(times, times[1:])), default=0)))
 """
 written = (lesson / "program.py").write_text(program)
 
@@ -376,20 +376,23 @@ assert launch("both").wait() == 0
 assert_close(result("one")["losses"], result("both")["losses"], rtol=1e-5, atol=0)
 
 # %% [markdown]
-# `sample_image` and `extract_features` share out their work in the same way: each process draws its part of the pictures, and in the end all have all of them.
+# `sample_image`, `extract_features` and `bits_per_dim` share out their work in the same way: each process takes its part of the pictures, and in the end all have the whole answer.
 #
 # ## Kill it
 #
 # A training of days will be killed: by the power, by the system, by somebody else. `kill -9` leaves a program no time to tidy up. So `train` writes a checkpoint under another name and then
-# renames it, which the file system does at once or not at all; and what is continued must end as if nothing had happened, in every bit. We kill it at random moments until it gets to its end:
+# renames it, which the file system does at once or not at all; and what is continued must end as if nothing had happened, in every bit. We kill it twice, each time at a random moment
+# within two steps of a checkpoint, and then let it run to its end:
 
 # %%
-kills, dice = 2, random.Random(0)
-for attempt in range(kills):
+checkpoint, dice = lesson / "killed" / "run.pth", random.Random(0)
+two_steps = 2 * float((lesson / "one" / "seconds").read_text())
+for attempt in range(2):
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
     victim = launch("killed")
-    while not (lesson / "killed" / "run.pth").exists() and victim.poll() is None:
-        time.sleep(0.01)
-    time.sleep(dice.random() * 0.5)
+    while victim.poll() is None and (checkpoint.stat().st_mtime_ns if checkpoint.exists() else None) == before:
+        time.sleep(0.001)
+    time.sleep(dice.random() * two_steps)
     victim.kill()
     victim.wait()
 assert launch("killed").wait() == 0
