@@ -18,7 +18,7 @@ from noisout_nb.display import filmstrip, image_grid, plot_histograms, plot_line
 from noisout_nb.evaluation import copied_share, extract_features, frechet_distance, kernel_distance, nearest, precision_recall
 from noisout_nb.forward_process import SCHEDULES, GaussianDiffusion
 from noisout_nb.guidance import ClassifierFreeGuidance
-from noisout_nb.sampling import SAMPLERS, sample_image
+from noisout_nb.sampling import SAMPLERS, sample
 from noisout_nb.training import EMA, Batches, learning_rate_at, simple_loss
 from noisout_nb.unet import SinusoidalPositionEmbeddings, UNet, group_norm
 
@@ -110,7 +110,7 @@ def test_sampling(shape, count, sampler, steps, labels, scale):
     process = GaussianDiffusion(SCHEDULES["cosine"](5), "v")
     y = None if labels is None else torch.tensor(labels, dtype=torch.int64)
     guided = answer(ClassifierFreeGuidance, NETWORK, max(-10.0, min(scale, 10.0)) if scale == scale else scale)
-    out = answer(sample_image, guided, process, y, shape=shape, count=count, sampler=sampler, steps=steps)
+    out = answer(sample, guided, process, y, shape=shape, count=count, sampler=sampler, steps=steps)
     assert out is None or (out.shape == (count if y is None else len(y), *shape) and out.isfinite().all())
 
 

@@ -7,9 +7,11 @@
 
 Without a NAME all notebooks are meant. The script always wins: an edit made only in the notebook is overwritten.
 A cell tagged "measurement" shows timings of the machine that recorded it first: they are kept until the cell changes.
+The picture of the cell tagged "cover" is stored in notebooks/pictures/, too, for the README.
 """
 
 import argparse
+import base64
 import hashlib
 import html
 import os
@@ -27,14 +29,14 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-SCRIPTS = NOTEBOOKS / "scripts"
+SCRIPTS, PICTURES = NOTEBOOKS / "scripts", NOTEBOOKS / "pictures"
 JUPYTEXT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["jupytext"]
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a view without its kernel shows nothing but "Loading widget..."
-MEASUREMENT = "measurement"
+MEASUREMENT, COVER = "measurement", "cover"
 CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # rubs out the line of a progress bar
 
 # Recordings and tests run in this environment, so that both give the same on every machine.
@@ -62,13 +64,14 @@ def names(chosen: list[str] | None = None) -> list[str]:
     return chosen
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write the file in one go or not at all, and leave it alone where it is right already."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    content = content.encode() if isinstance(content, str) else content
+    if path.exists() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
+    part.write_bytes(content)
     part.replace(path)
 
 
@@ -142,8 +145,17 @@ def synced(name: str) -> NotebookNode:
     return canonicalise(nb)
 
 
+def cover(nb: NotebookNode) -> bytes | None:
+    """The PNG of the cell tagged "cover", if it has been executed."""
+    tagged = [cell for cell in nb.cells if COVER in cell.metadata.get("tags", [])]
+    pngs = [output.data["image/png"] for cell in tagged for output in cell.outputs if "image/png" in output.get("data", {})]
+    return base64.b64decode(pngs[0]) if pngs else None
+
+
 def save(name: str, nb: NotebookNode) -> None:
     nbformat.validate(nb)
+    if picture := cover(nb):
+        write(PICTURES / f"{name}.png", picture)
     write(NOTEBOOKS / f"{name}.ipynb", nbformat.writes(nb) + "\n")
     write(SCRIPTS / f"{name}.py", script_text(nb))
 

@@ -51,9 +51,9 @@ class NoisOut:
         next(self.steps)
 
     def sample(self, count):
-        from noisout_nb.sampling import sample_image
+        from noisout_nb.sampling import sample
 
-        return sample_image(self.model, self.process, shape=(3, SIZE, SIZE), count=count)
+        return sample(self.model, self.process, shape=(3, SIZE, SIZE), count=count)
 
 
 class NoisOutFolded(NoisOut):

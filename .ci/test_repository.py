@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from notebooks import NOTEBOOKS, ROOT, canonicalise, difference, names
+from notebooks import NOTEBOOKS, PICTURES, ROOT, canonicalise, cover, difference, names
 
 if not (ROOT / ".git").exists():
     pytest.skip("not a git clone: the list of files is git's", allow_module_level=True)
@@ -107,6 +107,13 @@ def test_notebook_is_stored_as_record_writes_it(path):
         "metadata, widgets or ids that a recording does not have (saved by hand?): "
         f"python .ci/notebooks.py sync {path.stem}"
     )
+
+
+@each(IPYNB)
+def test_cover_is_the_notebooks_own_picture_and_the_readme_shows_it(path):
+    stored = PICTURES / f"{path.stem}.png"
+    assert stored.read_bytes() == cover(nbformat.read(path, 4)), f"`make record NAME={path.stem}` writes {stored.relative_to(ROOT)}"
+    assert f'src="{stored.relative_to(ROOT)}"' in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @each(IPYNB)

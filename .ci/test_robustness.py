@@ -1,18 +1,24 @@
 """Files that are damaged, cut short, foreign or hostile, and disks that are full: refused with words, and nothing good is lost."""
 
+import functools
+import hashlib
 import http.server
 import os
 import pickle
 import random
 import signal
+import tarfile
 import threading
 
 import pytest
 import torch
+from scipy.io import savemat
 from torchvision import datasets
+from torchvision.io import encode_jpeg
 
 from noisout_nb.data import Flowers102, ProceduralFlowers, atomic_file
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
+from noisout_nb.sampling import ddpm
 from noisout_nb.training import EMA, Batches, load_safely, train
 from noisout_nb.unet import UNet
 
@@ -116,27 +122,87 @@ def test_another_training_and_another_version_are_told_apart(good, tmp_path):
 
 
 class Host(http.server.SimpleHTTPRequestHandler):
+    """Serves three tiny photographs in Flowers102's layout, or, while `fault` is set, a proxy's page, whole or cut short."""
+
     def log_message(self, *args):
         pass
 
-    def do_GET(self):  # a proxy's page in place of the file
+    def do_GET(self):
+        if self.server.fault is None:
+            return super().do_GET()
         page = b"<html>Please log in</html>"
         self.send_response(200)
-        self.send_header("Content-Length", str(len(page) + 1000 * self.server.interrupted))
+        self.send_header("Content-Length", str(len(page) + 1000 * (self.server.fault == "interrupted")))
         self.end_headers()
         self.wfile.write(page)
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_download_that_fails_says_so_and_installs_nothing(interrupted, tmp_path, monkeypatch):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
-        server.interrupted = interrupted
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    folder = tmp_path / "host"
+    (folder / "jpg").mkdir(parents=True)
+    for i in (1, 2, 3):
+        (folder / "jpg" / f"image_{i:05}.jpg").write_bytes(encode_jpeg(torch.full((3, 48, 40), 60 * i, dtype=torch.uint8)).numpy().tobytes())
+    with tarfile.open(folder / "102flowers.tgz", "w:gz") as archive:
+        archive.add(folder / "jpg", "jpg")
+    savemat(folder / "imagelabels.mat", {"labels": [[1, 2, 3]]})
+    savemat(folder / "setid.mat", {"trnid": [[1]], "valid": [[2, 3]], "tstid": [[1]]})
+    monkeypatch.setattr(datasets.Flowers102, "_file_dict", {
+        name: (file, hashlib.md5((folder / file).read_bytes()).hexdigest())
+        for name, (file, _) in datasets.Flowers102._file_dict.items()
+    })  # fmt: skip
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Host, directory=folder)) as server:
+        server.fault = None
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(datasets.Flowers102, "_download_url_prefix", f"http://127.0.0.1:{server.server_port}/")
-        for _ in range(2):  # what the first try left must not make the second one believe that all is well
-            with pytest.raises(RuntimeError, match="could not be downloaded"):
-                Flowers102(32, "val", tmp_path)
+        yield server
         server.shutdown()
-    with pytest.raises(RuntimeError, match="could not be downloaded"):  # and now nobody answers
-        Flowers102(32, "val", tmp_path)
-    assert not list(tmp_path.glob("**/*.jpg"))
+
+
+@pytest.mark.parametrize("fault", ["proxy page", "interrupted"])
+def test_a_download_that_fails_says_so_and_the_next_one_heals(fault, host, tmp_path):
+    root, host.fault = tmp_path / "data", fault
+    for _ in range(2):  # what the first try left must not make the second one believe that all is well
+        with pytest.raises(RuntimeError, match="could not be downloaded"):
+            Flowers102(32, "val", root)
+    assert not list(root.glob("**/*.jpg"))
+    host.fault = None
+    assert [round(float(x.mean())) for x in Flowers102(32, "val", root).images.float()] == [120, 180]
+
+
+def test_without_a_host_the_error_says_what_to_do(host, tmp_path):
+    host.shutdown()
+    host.server_close()
+    with pytest.raises(RuntimeError, match="could not be downloaded.*NOISOUT_PROFILE=quick"):
+        Flowers102(32, "val", tmp_path / "data")
+
+
+def test_an_unpacking_that_is_broken_off_is_done_again(host, tmp_path, monkeypatch):
+    def broken_off(archive, folder, *args):
+        with tarfile.open(archive) as opened:
+            opened.extract("jpg/image_00001.jpg", folder, filter="data")
+        raise OSError("No space left on device")
+
+    root = tmp_path / "data"
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(datasets.utils, "extract_archive", broken_off)
+        with pytest.raises(RuntimeError, match="No space left"):
+            Flowers102(32, "val", root)
+    assert len(list(root.glob("**/*.jpg"))) == 1
+    assert len(Flowers102(32, "val", root)) == 2
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_a_thousand_steps_in_bfloat16_stay_finite(prediction):
+    torch.manual_seed(0)
+    model = UNet(image_size=8, channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(8,), head_channels=16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # an untrained network answers with zeros
+    process = GaussianDiffusion(cosine_beta_schedule(), prediction)
+    x_T, seen = torch.randn(2, 3, 8, 8), []
+    model.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        for state in ddpm(model, process, x_T):
+            assert state.x.dtype == state.x_start.dtype == torch.float32
+            assert state.x.abs().max() < 10 and state.x_start.abs().max() <= 1  # which NaN fails, too
+    assert seen == 1000 * [torch.bfloat16]

@@ -241,8 +241,7 @@ def stack(*pictures: Picture, alt: str = "") -> Picture:
     """Several pictures as one, centred, from top to bottom."""
     canvas = Image.new("RGB", (max(p.image.width for p in pictures), sum(p.image.height for p in pictures)), "white")
     for i, picture in enumerate(pictures):
-        left = (canvas.width - picture.image.width) // 2
-        canvas.paste(picture.image, (left, sum(above.image.height for above in pictures[:i])))
+        canvas.paste(picture.image, ((canvas.width - picture.image.width) // 2, sum(above.image.height for above in pictures[:i])))
     return Picture(canvas, alt or "; ".join(picture.alt for picture in pictures))
 
 
@@ -367,9 +366,8 @@ class Live(Slot):
             return
         self.show(Picture(draw().image, self.alt))
         self._handle = self._handle or display(self, display_id=True)
-        now = time.monotonic()
         # a recording keeps the last picture alone, so there nothing between the first and the last is worth drawing
-        self._next = float("inf") if _recording() else now + max(self.interval, 20 * (now - start))
+        self._next = float("inf") if _recording() else time.monotonic() + max(self.interval, 20 * (time.monotonic() - start))
 
     def _interrupted(self, *args) -> None:
         if self.stopped:

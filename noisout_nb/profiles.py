@@ -9,13 +9,13 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """One size of the same experiment.
 
     `dataset`: "procedural" or "flowers102". `train_images`: how many flowers to draw (procedural only).
-    The fields from `patch_size` to `dropout` are the UNet's arguments, the next three the GaussianDiffusion's,
-    those from `batch_size` on the training's; `variance` is the GaussianDiffusion's, too; `guidance_scale` and `sample_steps` are used to draw the final pictures.
+    The fields from `patch_size` to `dropout` are the UNet's arguments, the next four the GaussianDiffusion's,
+    those from `batch_size` on the training's; `guidance_scale` and `sample_steps` are used to draw the final pictures.
     """
 
     name: str
@@ -28,17 +28,17 @@ class Profile:
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
     dropout: float
-    schedule: str
-    timesteps: int
-    prediction: str
+    schedule: str = "cosine"
+    timesteps: int = 1000
+    prediction: str = "v"
+    variance: str = "posterior"
     batch_size: int
     train_steps: int
     learning_rate: float
     ema_decay: float
-    label_dropout: float
+    label_dropout: float = 0.1
     guidance_scale: float
     sample_steps: int
-    variance: str = "posterior"
 
     @property
     def network(self) -> dict:
@@ -63,23 +63,17 @@ PROFILES = {
         Profile(
             name="quick", dataset="procedural", image_size=32, train_images=2000,
             patch_size=1, channels=16, channel_mults=(1, 2, 4), num_res_blocks=1, attention_resolutions=(), dropout=0.0,
-            schedule="cosine", timesteps=1000, prediction="v",
-            batch_size=16, train_steps=750, learning_rate=3e-3, ema_decay=0.99, label_dropout=0.1,
-            guidance_scale=1.0, sample_steps=50,
+            batch_size=16, train_steps=750, learning_rate=3e-3, ema_decay=0.99, guidance_scale=1.0, sample_steps=50,
         ),
         Profile(
             name="flowers32", dataset="flowers102", image_size=32, train_images=None,
             patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.1,
-            schedule="cosine", timesteps=1000, prediction="v",
-            batch_size=32, train_steps=45_000, learning_rate=1e-3, ema_decay=0.9995, label_dropout=0.1,
-            guidance_scale=3.0, sample_steps=50,
+            batch_size=32, train_steps=45_000, learning_rate=1e-3, ema_decay=0.9995, guidance_scale=3.0, sample_steps=50,
         ),
         Profile(
             name="flowers64", dataset="flowers102", image_size=64, train_images=None,
             patch_size=1, channels=128, channel_mults=(1, 2, 3, 4), num_res_blocks=2, attention_resolutions=(16, 8), dropout=0.1,
-            schedule="cosine", timesteps=1000, prediction="v",
-            batch_size=128, train_steps=50_000, learning_rate=3e-4, ema_decay=0.9999, label_dropout=0.1,
-            guidance_scale=2.0, sample_steps=100,
+            batch_size=128, train_steps=50_000, learning_rate=3e-4, ema_decay=0.9999, guidance_scale=2.0, sample_steps=100,
         ),
     )
 }  # fmt: skip

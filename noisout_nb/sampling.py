@@ -4,14 +4,19 @@ A sampler takes `(model, process, x_T, y=None, ...)`: x_T (B, C, H, W) standard 
 yields a `State` a step, from the noisiest to t = 0. It visits `steps` of the T times, evenly spaced, the first T-1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .data import species_labels
 from .forward_process import GaussianDiffusion
-from .parallel import gather, rank_and_world, share
+from .guidance import ClassifierFreeGuidance
+from .parallel import gather, get_device, rank_and_world, share
+from .profiles import PROFILES
+from .training import load_model
 
 
 @dataclass
@@ -114,9 +119,9 @@ def dpm_solver(model: nn.Module, process: GaussianDiffusion, x_T: Tensor, y: Ten
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver}
 
 
-def sample_image(model: nn.Module, process: GaussianDiffusion, y: Tensor | None = None, *, shape: tuple[int, int, int] = (3, 32, 32),
+def sample(model: nn.Module, process: GaussianDiffusion, y: Tensor | None = None, *, shape: tuple[int, int, int] = (3, 32, 32),
                  count: int = 1, sampler: str = "dpm_solver", steps: int = 20, seed: int = 0) -> Tensor:  # fmt: skip
-    """Pictures drawn out of noise by the reverse process: float32 (count, *shape) in [-1, 1], on the process's device.
+    """Pictures that the reverse process draws out of noise: float32 (count, *shape) in [-1, 1], on the process's device.
 
     `y`: int64 (count,) labels, which then set the count, or None. `model` may be a guidance wrapper. The same seed
     gives the same pictures. Under torchrun the processes share out the work, and each gets all pictures.
@@ -131,3 +136,19 @@ def sample_image(model: nn.Module, process: GaussianDiffusion, y: Tensor | None 
     for state in SAMPLERS[sampler](model, process, share(x_T), None if y is None else share(y), steps=steps, generator=dice):
         pass
     return gather(state.x, count)
+
+
+def sample_image(species: str | Sequence[str], count: int = 1, *, guidance_scale: float = 3.0,
+                 weights: str | Path = PROFILES["flowers32"].weights, **options) -> Tensor:  # fmt: skip
+    """Flowers by name, drawn by the trained network of `weights`: float32 (N, 3, H, W) in [-1, 1] on the CPU.
+
+    `count` of each of the species, one after the other. `options` are those of `sample`: sampler, steps, seed. Raises
+    ValueError for an unknown species, and what `load_model` raises.
+
+    >>> sample_image(["sunflower", "rose"], 2, steps=2).shape
+    torch.Size([4, 3, 32, 32])
+    """
+    model, process, classes = load_model(weights, get_device())
+    y = species_labels(species, classes).repeat_interleave(count).to(process.betas.device)
+    shape = (3, model.config["image_size"], model.config["image_size"])
+    return sample(ClassifierFreeGuidance(model, guidance_scale), process, y, shape=shape, **options).cpu()

@@ -195,11 +195,8 @@ def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *
             raise ValueError(f"pictures reach from {x_start.min():.3g} to {x_start.max():.3g}: they must lie in [-1, 1]; see data.to_float")
         t = torch.randint(process.timesteps, (len(x_start),), generator=generator, device=device)
         noise = torch.randn(x_start.shape, generator=generator, device=device)
-        if model.num_classes is None:
-            y = None
-        else:
-            dropped = torch.rand(len(y), generator=generator, device=device) < label_dropout
-            y = share(y.masked_fill(dropped, model.null_label))
+        dropped = torch.rand(len(y), generator=generator, device=device) < label_dropout
+        y = None if model.num_classes is None else share(y.masked_fill(dropped, model.null_label))
 
         loss = simple_loss(network, process, share(x_start), share(t), share(noise), y, autocast)
         optimizer.zero_grad()

@@ -66,7 +66,7 @@ image_grid(garden.images[rows], columns=8, row_labels=garden.classes, alt="Embed
 # They are made to be learned in two minutes on two CPU cores. And they teach something that photographs cannot: each is drawn from *known factors*, so later
 # we can measure whether a network has learned the right distribution. The same formula draws any size:
 
-# %%
+# %% tags=["cover"]
 large = ProceduralFlowers(size=128, count=12, seed=5)
 image_grid(large.images, columns=6, scale=1, alt="Twelve embedded flowers at 128 pixels, with shaded petals, centres and soft backgrounds")
 

@@ -126,7 +126,7 @@ for t in range(T):
     if t in shown:
         frames.append(x[0])
 
-# %%
+# %% tags=["cover"]
 filmstrip([frames], column_labels=["$x_0$", *(f"t = {t}" for t in shown)], arrow="the forward process",
           alt="A flower dissolving in noise: clear until t = 49, grainy at 99, faint at 299, nothing but noise at 999")
 

@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from noisout_nb.data import load_data
 from noisout_nb.display import Explorer, Picture, image_grid, plot_lines, stack
 from noisout_nb.profiles import REPOSITORY, get_profile
-from noisout_nb.sampling import sample_image
+from noisout_nb.sampling import sample
 from noisout_nb.training import load_model
 from noisout_nb.unet import (
     AttentionBlock, Block, Downsample, ResBlock, SinusoidalPositionEmbeddings, UNet, Upsample, group_norm,
@@ -277,7 +277,7 @@ def draw_unet(trace):
     return figure
 
 
-# %%
+# %% tags=["cover"]
 Picture.from_figure(draw_unet(trace), "The UNet as a U: residual blocks go down on the left to smaller sides with more channels, through the bottom, and up on the right, with skip connections across")
 
 
@@ -381,7 +381,7 @@ assert_close(rows, columns, atol=1e-4, rtol=1e-3)
 # %%
 trained, process, classes = load_model(REPOSITORY / "models" / "Flowers102_model.pth")
 sunflower = torch.tensor([classes.index("sunflower")])
-x_0 = sample_image(trained, process, sunflower, sampler="ddim", steps=50, seed=1)
+x_0 = sample(trained, process, sunflower, sampler="ddim", steps=50, seed=1)
 
 # %% [markdown]
 # Then we show it that flower at twenty noise levels, and keep what five of its blocks turn out.

@@ -41,7 +41,7 @@ from noisout_nb.display import Live, filmstrip, image_grid, plot_lines, plot_los
 from noisout_nb.forward_process import SCHEDULES, GaussianDiffusion
 from noisout_nb.parallel import get_device
 from noisout_nb.profiles import get_profile
-from noisout_nb.sampling import sample_image
+from noisout_nb.sampling import sample
 from noisout_nb.training import EMA, Batches, learning_rate_at, load_model, save_model, simple_loss, train
 from noisout_nb.unet import UNet
 
@@ -323,7 +323,7 @@ with Live("The loss falls steeply and then slowly; below it the learning rate, w
     for step in progress(steps, total=profile.train_steps, description="training"):
         if step.index in looks:
             with ema.applied():
-                previews[step.index] = sample_image(model, process, species, shape=shape, seed=1).cpu()
+                previews[step.index] = sample(model, process, species, shape=shape, seed=1).cpu()
         live.update(dashboard)
         if live.stopped:
             steps.close()
@@ -335,7 +335,7 @@ assert len(losses) == profile.train_steps, "stopped early: run the two cells abo
 # The loss falls steeply at first, then hardly at all: most of what is left is noise that nobody could predict. The pictures tell more.
 # Every row is the same noise, drawn by a network that has learned for longer:
 
-# %%
+# %% tags=["cover"]
 filmstrip(list(previews.values()), row_labels=[f"step {index}" for index in previews], scale=2,
           alt="Eight samples at six moments of the training: from coloured fog through blurred blobs to flowers with petals and centres")
 
@@ -356,7 +356,7 @@ labels = held_out.labels[order[256:512]].to(device)  # as many of each species a
 
 # %%
 with ema.applied():
-    samples = sample_image(model, process, labels, shape=shape, seed=2).cpu()
+    samples = sample(model, process, labels, shape=shape, seed=2).cpu()
 noise = torch.randn(256, *shape, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
 
 # %%
@@ -401,8 +401,8 @@ print(f"{len(weights)} tensors with {sum(w.numel() for w in weights.values()):,}
 # %%
 loaded, loaded_process, classes = load_model(profile.weights, device)
 with ema.applied():
-    before = sample_image(model, process, labels[:4], shape=shape, seed=2)
-after = sample_image(loaded, loaded_process, labels[:4], shape=shape, seed=2)
+    before = sample(model, process, labels[:4], shape=shape, seed=2)
+after = sample(loaded, loaded_process, labels[:4], shape=shape, seed=2)
 assert (after - before).abs().mean() < 0.02 and classes == data.classes
 
 # %% [markdown]
@@ -420,7 +420,7 @@ share = None  # your answer to 2
 # 1. With a learning rate that has fallen to zero the last steps hardly differ, so the two are close; stop the training early and the gap opens.
 
 # %% tags=["solution"]
-raw = sample_image(model, process, labels, shape=shape, seed=2).cpu()
+raw = sample(model, process, labels, shape=shape, seed=2).cpu()
 assert factor_distance(raw, reference)["mean"] < 0.3 * distance["noise"]["mean"]
 
 # %% [markdown]

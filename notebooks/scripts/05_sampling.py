@@ -38,12 +38,12 @@ import ipywidgets as widgets
 import torch
 from torch.testing import assert_close
 
-from noisout_nb.data import factor_distance, load_data, to_float
+from noisout_nb.data import factor_distance, load_data, species_labels, to_float
 from noisout_nb.display import Again, Explorer, filmstrip, image_grid, plot_histograms, plot_lines, progress
 from noisout_nb.forward_process import GaussianDiffusion, linear_beta_schedule
 from noisout_nb.parallel import get_device
 from noisout_nb.profiles import REPOSITORY, get_profile
-from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample_image
+from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample, sample_image
 from noisout_nb.training import load_model, load_or_train
 
 # %%
@@ -119,7 +119,7 @@ print(f"{len(states)} states, from t = {states[0].t} to t = {states[-1].t}")
 # The helper is a generator: it yields every state, so the loop can be watched. Above what there is, below what the network believes at that moment. The
 # guess knows colour and place early, then petals; the picture itself comes out of the noise only near the end.
 
-# %%
+# %% tags=["cover"]
 shown = [0, 200, 400, 600, 700, 800, 900, 950, 999]
 filmstrip([[states[i].x[1].cpu() for i in shown], [states[i].x_start[1].cpu() for i in shown]], row_labels=["$x_t$", r"$\hat x_0$"],
           column_labels=[f"t = {states[i].t}" for i in shown], arrow="the reverse process",
@@ -357,20 +357,19 @@ filmstrip(walks, row_labels=["arc", "straight line"], column_labels=[f"{w:.2f}" 
 # %% [markdown]
 # ## In one call
 #
-# `sample_image` is all that in one line, for who only wants pictures. One row a species:
+# `sample` is all that in one line, for who only wants pictures. One row a species:
 
 # %%
 labels = torch.arange(6, device=device).repeat_interleave(6)
-pictures = sample_image(model, process, labels, shape=shape, sampler="dpm_solver", steps=20, seed=8)
+pictures = sample(model, process, labels, shape=shape, sampler="dpm_solver", steps=20, seed=8)
 image_grid(pictures.cpu(), columns=6, scale=2, row_labels=classes[:6], alt="Generated flowers, a row for each species")
 
 # %% [markdown]
-# And photographs? The network in `models/` has learned from Flowers102. Nothing else changes:
+# And photographs? The network in `models/` has learned from Flowers102. `sample_image` reads it and asks it for a species by name. (The scale belongs to guidance, the next stage; 1 is none.)
 
 # %%
-flowers, flower_process, species_names = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
-sunflower = torch.tensor([species_names.index("sunflower")], device=device)
-image_grid(sample_image(flowers, flower_process, sunflower.expand(8), sampler="ddim", steps=50, seed=1).cpu(), scale=3, alt="Eight sunflowers that the network drew: dark centres, yellow petals")
+sunflowers = sample_image("sunflower", 8, guidance_scale=1, sampler="ddim", steps=50, seed=1)
+image_grid(sunflowers, scale=3, alt="Eight sunflowers that the network drew: dark centres, yellow petals")
 
 # %% [markdown]
 # ## Play
@@ -379,13 +378,15 @@ image_grid(sample_image(flowers, flower_process, sunflower.expand(8), sampler="d
 # A film that has not been seen yet is computed first, which the bar shows.
 
 # %%
+flowers, flower_process, species_names = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
+sunflower, side = species_labels("sunflower", species_names).to(device), flowers.config["image_size"]
 films = {}
 
 
 def film(frame, sampler, steps, noise):
     states = films.setdefault((sampler, steps, noise), [])
     if len(states) < steps:
-        x_T = torch.randn(1, *shape, generator=torch.Generator().manual_seed(noise)).to(device)
+        x_T = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(noise)).to(device)
         for count, state in enumerate(SAMPLERS[sampler](flowers, flower_process, x_T, sunflower, steps=steps)):
             states[count:] = [state]
             yield (count + 1) / steps

@@ -51,7 +51,7 @@ from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, ClassifierGuidance, NoisyClassifier
 from noisout_nb.parallel import get_device
 from noisout_nb.profiles import REPOSITORY, get_profile
-from noisout_nb.sampling import SAMPLERS, dpm_solver, p_mean_variance, sample_image
+from noisout_nb.sampling import SAMPLERS, dpm_solver, p_mean_variance, sample, sample_image
 from noisout_nb.training import EMA, Batches, discretized_gaussian_log_likelihood, load_model, load_or_train, simple_loss, train, variational_bound_term
 from noisout_nb.unet import ResBlock, UNet
 
@@ -481,7 +481,7 @@ with torch.no_grad():
 # %%
 classifier_free = {f"scale {s}": ClassifierFreeGuidance(network, float(s)) for s in (0, 0.5, 1, 2, 4, 8)}
 
-# %%
+# %% tags=["cover"]
 filmstrip([draw(wrapper, x_T, six).cpu() for wrapper in list(classifier_free.values())[::2]], row_labels=list(classifier_free)[::2], column_labels=names, scale=3,
           alt="Six flowers at growing scale of classifier-free guidance: at 0 random ones, at 1 the species, at 4 the same flower in glaring colours")
 
@@ -558,25 +558,24 @@ plot_lines({f"{name}: best {max(f):.0%}, unguided {f[0]:.0%}": (d, f) for name, 
 #
 # ## By name
 #
-# The network in `models/` knows 102 species of photographed flowers. `species_labels` turns names into labels, and guidance does the rest. (How well, stage 7 will measure.)
+# The network in `models/` knows 102 species of photographed flowers. `sample_image` turns names into labels, and classifier-free guidance does the rest, at scale 3 unless told otherwise. (How well, stage 7 will measure.)
 
 # %%
-flowers, flower_process, species = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
 wanted = ["sunflower", "rose", "hibiscus", "osteospermum", "bird of paradise", "passion flower"]
-labels = species_labels(wanted, species).to(device).repeat_interleave(8)
-
-# %%
-image_grid(sample_image(ClassifierFreeGuidance(flowers, 3.0), flower_process, labels, steps=15, seed=4).cpu(), columns=8, scale=2, row_labels=wanted,
+image_grid(sample_image(wanted, 8, steps=15, seed=4), columns=8, scale=2, row_labels=wanted,
            alt="Generated flowers, eight of each of six species, each row in colours of its own")
-
 
 # %% [markdown]
 # Your choice: a species, a scale, and new noise as often as you like. Four flowers take a second or two.
 
 # %%
+flowers, flower_process, species = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
+side = flowers.config["image_size"]
+
+
 def ask(species_name, guidance, noise):
     labels = species_labels([species_name] * 4, species).to(device)
-    x_T = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(noise)).to(device)
+    x_T = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(noise)).to(device)
     for count, state in enumerate(dpm_solver(ClassifierFreeGuidance(flowers, guidance), flower_process, x_T, labels, steps=15), 1):
         yield count / 15
     yield image_grid(state.x.cpu(), scale=4, alt=f"Four generated flowers of the species {species_name}, guidance scale {guidance:g}")
@@ -592,13 +591,13 @@ Explorer(ask, species_name=widgets.Dropdown(options=sorted(species), value="sunf
 # %%
 plain = UNet(**profile.network)
 for call in (
-    lambda: species_labels("sun flower", species),
+    lambda: sample_image("sun flower"),
     lambda: ClassifierGuidance(network, process, classifier, 1.0)(x_T, torch.zeros_like(six), six + 1000),
     lambda: ClassifierGuidance(network, process, classifier, torch.ones(5))(x_T, torch.zeros_like(six), six),
     lambda: ClassifierGuidance(network, process, classifier, 1.0)(x_T, torch.zeros_like(six)),
     lambda: ClassifierFreeGuidance(plain, 2.0),
     lambda: plain(x_T.cpu(), torch.zeros(6, dtype=torch.int64), six.cpu()),
-    lambda: sample_image(plain, learned.cpu(), shape=shape),
+    lambda: sample(plain, learned.cpu(), shape=shape),
 ):
     try:
         call()

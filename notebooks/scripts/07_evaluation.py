@@ -48,7 +48,7 @@ from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, NoisyClassifier
 from noisout_nb.parallel import get_device
 from noisout_nb.profiles import REPOSITORY, get_profile
-from noisout_nb.sampling import sample_image
+from noisout_nb.sampling import sample
 from noisout_nb.training import EMA, Batches, load_model, load_or_train, train
 from noisout_nb.unet import UNet
 
@@ -74,7 +74,7 @@ print(f"{len(reference)} reference pictures, {len(real)} other real ones")
 # %%
 def sampled(model, count=None, **options):
     y = labels[:count].to(device)
-    return sample_image(model, process, y, shape=shape, **{"steps": 10, "seed": 1} | options).clamp(-1, 1).cpu()
+    return sample(model, process, y, shape=shape, **{"steps": 10, "seed": 1} | options).clamp(-1, 1).cpu()
 
 
 samples = sampled(model)
@@ -285,7 +285,7 @@ assert shown["background"].std() < known["background"].std() or profile.dataset 
 #
 # A perfect score is easy to get: store the training pictures and hand them out. None of the measures above would object. So for each sample we look up the nearest *training* picture:
 
-# %%
+# %% tags=["cover"]
 training = to_float(data.images).flatten(1)
 distances, found = nearest(samples.flatten(1), training)
 closest = distances[:, 0].argsort()[:10]
@@ -452,7 +452,7 @@ assert noticed["Fréchet"] > table["real"]["Fréchet"]
 
 # %%
 flowers, flower_process, names = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
-pictures = sample_image(flowers, flower_process, torch.arange(0, 96, 4, device=device), steps=15, seed=1)
+pictures = sample(flowers, flower_process, torch.arange(0, 96, 4, device=device), steps=15, seed=1)
 image_grid(pictures.cpu(), columns=12, scale=2, alt="24 generated flowers of 24 species of Flowers102, of many colours and forms")
 
 # %% [markdown]

@@ -42,7 +42,7 @@ from noisout_nb.forward_process import SCHEDULES, GaussianDiffusion
 from noisout_nb.guidance import ClassifierFreeGuidance
 from noisout_nb.parallel import get_device
 from noisout_nb.profiles import REPOSITORY, get_profile
-from noisout_nb.sampling import ddim, sample_image
+from noisout_nb.sampling import ddim, sample, sample_image
 from noisout_nb.training import EMA, Batches, load_model, save_model, train
 from noisout_nb.unet import UNet
 
@@ -122,7 +122,7 @@ with Live("The loss falls, first fast and then slowly; below it the latest sampl
     for step in progress(steps, total=profile.train_steps, description="training"):
         if step.index % (profile.train_steps // 5) == 0:
             with ema.applied():
-                previews[step.index] = sample_image(model, process, species, shape=shape, seed=1).cpu()
+                previews[step.index] = sample(model, process, species, shape=shape, seed=1).cpu()
         live.update(dashboard)
         if live.stopped:
             steps.close()  # which writes the checkpoint
@@ -151,7 +151,7 @@ if len(classes) == 102:  # some whose form 32 pixels can still show
     names = ["sunflower", "rose", "water lily", "osteospermum", "hibiscus", "passion flower"]
 else:
     names = list(classes)
-species = torch.tensor([classes.index(name) for name in names], device=device)
+species = species_labels(names, classes).to(device)
 
 # %%
 guided = ClassifierFreeGuidance(model, profile.guidance_scale)
@@ -166,11 +166,10 @@ demo = filmstrip([[states[i].x[0].cpu() for i in shown], [states[i].x_start[0].c
 demo
 
 # %% [markdown]
-# `sample_image` does it in one call. Nobody has chosen these: they are the first ones from this seed.
+# `sample_image` does it in one call: it reads the file of weights, looks up the names, guides, and runs the reverse process. Nobody has chosen these: they are the first ones from this seed.
 
-# %%
-labels = species.repeat_interleave(8)
-samples = sample_image(guided, process, labels, shape=shape, sampler="ddim", steps=profile.sample_steps, seed=3).cpu()
+# %% tags=["cover"]
+samples = sample_image(names, 8, guidance_scale=profile.guidance_scale, weights=profile.weights, sampler="ddim", steps=profile.sample_steps, seed=3)
 results = image_grid(samples, columns=8, row_labels=names, alt="Generated flowers, eight of each of six species: " + ", ".join(names))
 results
 
@@ -184,13 +183,12 @@ for name, picture in {"demo.png": demo, "results.png": results}.items():
 print("saved demo.png and results.png")
 
 # %% [markdown]
-# The repository has the weights of a longer training on photographs, too. The same three lines draw with them; two sunflowers, two roses and so on:
+# The repository has the weights of a longer training on photographs, too; `sample_image` takes them where it is told of no others. Two sunflowers, two roses and so on:
 
 # %%
-flowers, flower_process, names = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
-wanted = [name for name in ("sunflower", "rose", "water lily", "hibiscus") for _ in range(2)]
-photographic = sample_image(ClassifierFreeGuidance(flowers, 3.0), flower_process, species_labels(wanted, names).to(device), sampler="ddim", steps=50, seed=3)
-image_grid(photographic.cpu(), scale=3, column_labels=wanted, alt="Generated flowers by a network that learned from photographs: two each of four species")
+wanted = ["sunflower", "rose", "water lily", "hibiscus"]
+photographic = sample_image(wanted, 2, sampler="ddim", steps=50, seed=3)
+image_grid(photographic, scale=3, column_labels=[name for name in wanted for _ in range(2)], alt="Generated flowers by a network that learned from photographs: two each of four species")
 
 # %% [markdown]
 # ## How good are they?
@@ -202,7 +200,7 @@ image_grid(photographic.cpu(), scale=3, column_labels=wanted, alt="Generated flo
 order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
 reference, second = to_float(held_out.images[order[:256]]), to_float(held_out.images[order[256:512]])
 labels = held_out.labels[order[256:512]].to(device)  # as many of each species as in the second set
-samples = sample_image(model, process, labels, shape=shape, seed=4).cpu()
+samples = sample(model, process, labels, shape=shape, seed=4).cpu()
 noise = torch.randn(256, *shape, generator=torch.Generator().manual_seed(5))
 distance = {name: factor_distance(x, reference)["mean"] for name, x in [("real", second), ("samples", samples), ("noise", noise)]}
 assert distance["samples"] < 0.6 < distance["noise"]
