@@ -1,0 +1,157 @@
+"""The figures of the model card: how good are the weights of a profile?
+
+    export NOISOUT_PROFILE=flowers32 NOISOUT_DATA=folder
+    python .ci/card.py                                  the table: some twenty minutes on two cores
+    python .ci/card.py --weights old.pth new.pth        a row for each of these files (each with its .json)
+    python .ci/card.py --samplers                       quality against network calls, 5 to 1,000: an hour more
+
+The protocol is that of notebook 07: one half of the held-out photographs is the reference, the other one shows what a perfect model could
+reach, and lends the samples its labels. The features are those of a classifier like the notebook's, but larger (32 channels, 1,200
+steps), trained on the same training photographs as the network and kept in runs/. Results go to runs/PROFILE/card.json, pictures beside it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from noisout_nb.data import atomic_file, factor_distance, load_data, to_float
+from noisout_nb.display import image_grid, plot_histograms, plot_lines, progress
+from noisout_nb.evaluation import bits_per_dim, copied_share, extract_features, frechet_distance, kernel_distance, nearest, precision_recall
+from noisout_nb.guidance import ClassifierFreeGuidance, NoisyClassifier
+from noisout_nb.parallel import get_device
+from noisout_nb.profiles import get_profile
+from noisout_nb.sampling import SAMPLERS, sample
+from noisout_nb.training import Batches, load_model, load_safely
+
+STEPS = 1200  # of the classifier
+CALLS = (5, 10, 20, 50, 100, 250, 1000)
+FEW = 80  # samples for each point of the samplers' plot
+
+
+class Features(torch.nn.Module):
+    """What the classifier holds just before its verdict, averaged over the picture."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier.eval().requires_grad_(False)
+
+    def forward(self, x):
+        h, *_ = self.classifier.encode(x, torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        return self.classifier.norm(h).mean((2, 3))
+
+
+def get_classifier(process, data, profile, device):
+    """The classifier, trained at the first call."""
+    torch.manual_seed(1)
+    classifier = NoisyClassifier(process, len(data.classes), image_size=profile.image_size, channels=32, channel_mults=(1, 2, 2),
+                                 num_res_blocks=1, attention_resolutions=(), patch_size=profile.image_size // 16).to(device)  # fmt: skip
+    path = profile.runs / "classifier.pth"
+    if path.exists():
+        classifier.load_state_dict(load_safely(path))
+        return classifier
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
+    for _, (x_0, y) in zip(progress(range(STEPS), description="classifier"), Batches(data, 32, device=device)):
+        t = torch.randint(300, y.shape, device=device)
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(process.q_sample(x_0, t, torch.randn_like(x_0)), t), y).backward()
+        optimizer.step()
+        schedule.step()
+    with atomic_file(path) as file:
+        torch.save(classifier.state_dict(), file)
+    return classifier
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--weights", type=Path, nargs="+", help="files of weights; by default the profile's")
+    arguments.add_argument("--steps", type=int, default=50, help="of DPM-Solver++, for each sample of the table")
+    arguments.add_argument("--samplers", action="store_true", help="only the samplers' plot, of the first of the weights")
+    options = arguments.parse_args()
+    profile, device = get_profile(), get_device()
+    weights = options.weights or [profile.weights]
+    data, held_out = load_data(profile), load_data(profile, "val")
+    model, process, _ = load_model(weights[0], device)
+    classifier = get_classifier(process, data, profile, device)
+    look = Features(classifier)
+
+    first, second = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0)).chunk(2)
+    reference, real, labels = to_float(held_out.images[first]), to_float(held_out.images[second]), held_out.labels[second].to(device)
+    reference_features, shape = extract_features(look, reference), tuple(real.shape[1:])
+    card = profile.runs / "card.json"
+    results = json.loads(card.read_text()) if card.exists() else {}
+
+    def keep(name, result):
+        results[name] = result
+        with atomic_file(card) as file:
+            file.write(json.dumps(results, indent=1, ensure_ascii=False).encode())
+        print(name, json.dumps(result, ensure_ascii=False), flush=True)
+
+    def drawn(model, count=None, **settings):
+        return sample(model, process, labels[:count], shape=shape, **{"steps": options.steps, "seed": 1} | settings).clamp(-1, 1).cpu()
+
+    def measure(pictures):
+        features = extract_features(look, pictures)
+        kernel, error = kernel_distance(features, reference_features)
+        precision, recall = precision_recall(features, reference_features)
+        with torch.no_grad():
+            verdicts = torch.cat([classifier(x.to(device), torch.zeros(len(x), dtype=torch.int64, device=device)).argmax(1) for x in pictures.split(64)])
+        return {
+            "Fréchet": frechet_distance(features, reference_features), "kernel": kernel, "error": error, "precision": precision, "recall": recall,
+            "recognised": (verdicts == labels[: len(pictures)]).double().mean().item(), "factors": factor_distance(pictures, reference)["mean"],
+        }  # fmt: skip
+
+    if options.samplers:
+        quality, clock = {}, {}
+        for name in SAMPLERS:
+            quality[name], clock[name] = [], []
+            for steps in CALLS:
+                start = time.perf_counter()
+                pictures = drawn(model, FEW, sampler=name, steps=steps)
+                clock[name].append((time.perf_counter() - start) / FEW)
+                quality[name].append(frechet_distance(extract_features(look, pictures), reference_features))
+                keep("samplers", {"calls": CALLS, "Fréchet": quality, "seconds": clock, "samples": FEW})
+        floor = frechet_distance(extract_features(look, real[:FEW]), reference_features)
+        keep("samplers", results["samplers"] | {"photographs": floor})
+        plot_lines({name: (CALLS, values) for name, values in quality.items()}, x_label="network calls", y_label="Fréchet distance", log_x=True, log_y=True, markers=True,
+                   hlines={"photographs": floor}, alt="Fréchet distance against network calls for three samplers").save(profile.runs / "card-samplers.png")  # fmt: skip
+        return
+
+    keep("photographs", measure(real))
+    keep("noise", measure(torch.randn(real.shape, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)))
+    for path in weights:
+        model, process, _ = load_model(path, device)
+        samples = drawn(model)
+        keep(path.name, measure(samples))
+        if path == weights[0]:
+            mine = samples
+            keep(f"{path.name}, guidance {profile.guidance_scale:g}", measure(drawn(ClassifierFreeGuidance(model, profile.guidance_scale))))
+            prior, terms = bits_per_dim(model, process, real[:32], labels[:32])
+            keep("bits per dimension", prior + terms.sum().item())
+
+    training, held = to_float(data.images), to_float(held_out.images)
+    pixels = [pictures.flatten(1) for pictures in (mine, training, held)]
+    keep("copies, in pixels", copied_share(*pixels))
+    keep("copies, in features", copied_share(*(extract_features(look, pictures) for pictures in (mine, training, held))))
+    ratios = {}
+    for name, pictures in {"samples": pixels[0], "held-out photographs": pixels[2]}.items():
+        distances, found = nearest(pictures, pixels[1])
+        ratios[name] = distances[:, 0] / distances[:, 1:].mean(1)
+        if name == "samples":
+            suspects = ratios[name].argsort()[:10]
+            pairs = torch.cat([mine[suspects], training[found[suspects, 0]]])  # shows photographs: not for the repository
+            image_grid(pairs, columns=10, row_labels=["sample", "nearest"], alt="The ten most suspicious samples, and their nearest training photographs").save(profile.runs / "card-nearest.png")
+    plot_histograms(ratios, x_label="distance to the nearest training photograph / mean of the next nine", bins=40,
+                    alt="Histograms of the ratio for samples and for held-out photographs").save(profile.runs / "card-copies.png")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
