@@ -12,9 +12,9 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
-from torchvision.io import encode_jpeg
 
 from noisout_nb.data import Flowers102, ProceduralFlowers, atomic_file
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
@@ -142,7 +142,7 @@ def host(tmp_path, monkeypatch):
     folder = tmp_path / "host"
     (folder / "jpg").mkdir(parents=True)
     for i in (1, 2, 3):
-        (folder / "jpg" / f"image_{i:05}.jpg").write_bytes(encode_jpeg(torch.full((3, 48, 40), 60 * i, dtype=torch.uint8)).numpy().tobytes())
+        Image.new("RGB", (40, 48), (60 * i,) * 3).save(folder / "jpg" / f"image_{i:05}.jpg")
     with tarfile.open(folder / "102flowers.tgz", "w:gz") as archive:
         archive.add(folder / "jpg", "jpg")
     savemat(folder / "imagelabels.mat", {"labels": [[1, 2, 3]]})
@@ -190,6 +190,15 @@ def test_an_unpacking_that_is_broken_off_is_done_again(host, tmp_path, monkeypat
             Flowers102(32, "val", root)
     assert len(list(root.glob("**/*.jpg"))) == 1
     assert len(Flowers102(32, "val", root)) == 2
+
+
+def test_a_damaged_photograph_is_named(host, tmp_path):
+    Flowers102(32, "val", tmp_path / "data")
+    photograph = next((tmp_path / "data").glob("**/image_00002.jpg"))
+    for damaged in (photograph.read_bytes()[:300], b""):
+        photograph.write_bytes(damaged)
+        with pytest.raises(RuntimeError, match="image_00002.jpg is not a readable JPEG"):
+            Flowers102(32, "val", tmp_path / "data")
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

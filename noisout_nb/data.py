@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -107,8 +107,8 @@ class Flowers102(FlowerImages):
 def _decode(files: list[Path], size: int) -> Tensor:
     def decode(file: Path) -> Tensor:
         try:
-            return resize_and_crop(decode_image(str(file), ImageReadMode.RGB), size)
-        except RuntimeError as error:
+            return resize_and_crop(F.pil_to_tensor(Image.open(file).convert("RGB")), size)
+        except OSError as error:
             raise RuntimeError(f"{file} is not a readable JPEG ({error}). Delete {file.parent.parent} and run again.") from error
 
     with ThreadPoolExecutor() as pool:
