@@ -9,6 +9,7 @@ import random
 import signal
 import tarfile
 import threading
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
+from noisout_nb import evaluation, training
 from noisout_nb.data import Flowers102, ProceduralFlowers, atomic_file
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.sampling import ddpm
@@ -119,6 +121,30 @@ def test_another_training_and_another_version_are_told_apart(good, tmp_path):
     torch.save({"format": 2}, path)
     with pytest.raises(ValueError, match="not a training checkpoint"):
         losses_of(path)
+
+
+def test_autocast_is_for_devices_that_have_it_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: False)
+    plain = losses_of(None, autocast=True)
+    assert plain == losses_of(None)
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: True)
+    half = losses_of(None, autocast=True)
+    assert half != plain and torch.allclose(torch.tensor(half), torch.tensor(plain), rtol=0.02)
+    losses_of(tmp_path / "run.pth", stop=2, autocast=True)
+    assert losses_of(tmp_path / "run.pth", autocast=True) == half
+
+
+def test_inception_looks_at_any_size_and_without_a_network_says_what_to_do(monkeypatch):
+    build = evaluation.inception_v3
+    monkeypatch.setattr(evaluation, "inception_v3", lambda weights: build(init_weights=False))  # untrained
+    assert evaluation.extract_features(evaluation.InceptionFeatures(), torch.zeros(2, 3, 32, 32)).shape == (2, 2048)
+
+    def no_network(weights):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(evaluation, "inception_v3", no_network)
+    with pytest.raises(RuntimeError, match="could not be downloaded.*no route to host.*inception_v3.*checkpoints"):
+        evaluation.InceptionFeatures()
 
 
 class Host(http.server.SimpleHTTPRequestHandler):

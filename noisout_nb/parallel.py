@@ -1,7 +1,7 @@
-"""Stage 8, several processes, one for each GPU or share of the cores: `torchrun --nproc-per-node=2 program.py`.
+"""Stage 8, the hardware at hand: what it is fast with, and several processes, one for each GPU or share of the cores.
 
-Every process runs the same program and draws the same random numbers, then works on its own share of each batch.
-Started without torchrun there is one process, and its share is the whole.
+Started by `torchrun --nproc-per-node=2 program.py`, every process runs the same program and draws the same random
+numbers, then works on its own share of each batch. Started without torchrun there is one process, and its share is the whole.
 """
 
 import os
@@ -17,6 +17,19 @@ def get_device() -> torch.device:
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Does the device calculate in bfloat16? GPUs since Ampere and CPUs with AVX-512 BF16 do; others imitate it, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def memory_format(device: torch.device, autocast: bool = False) -> torch.memory_format:
+    """The layout of weights in memory that makes convolutions fast: channels last, but for bfloat16 on a CPU (notebook 08)."""
+    contiguous = device.type == "cpu" and autocast and has_bfloat16(device)
+    return torch.contiguous_format if contiguous else torch.channels_last
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -15,7 +15,8 @@ class Profile:
 
     `dataset`: "procedural" or "flowers102". `train_images`: how many flowers to draw (procedural only).
     The fields from `patch_size` to `dropout` are the UNet's arguments, the next four the GaussianDiffusion's,
-    those from `batch_size` on the training's; `guidance_scale` and `sample_steps` are used to draw the final pictures.
+    those from `batch_size` on the training's (`autocast`: in bfloat16 where the device calculates with it);
+    `guidance_scale` and `sample_steps` are used to draw the final pictures.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Profile:
     learning_rate: float
     ema_decay: float
     label_dropout: float = 0.1
+    autocast: bool = True
     guidance_scale: float
     sample_steps: int
 
@@ -63,12 +65,12 @@ PROFILES = {
         Profile(
             name="quick", dataset="procedural", image_size=32, train_images=2000,
             patch_size=1, channels=16, channel_mults=(1, 2, 4), num_res_blocks=1, attention_resolutions=(), dropout=0.0,
-            batch_size=16, train_steps=750, learning_rate=3e-3, ema_decay=0.99, guidance_scale=1.0, sample_steps=50,
+            batch_size=16, train_steps=750, learning_rate=3e-3, ema_decay=0.99, autocast=False, guidance_scale=1.0, sample_steps=50,
         ),
         Profile(
             name="flowers32", dataset="flowers102", image_size=32, train_images=None,
-            patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.1,
-            batch_size=32, train_steps=45_000, learning_rate=1e-3, ema_decay=0.9995, guidance_scale=3.0, sample_steps=50,
+            patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.05,
+            batch_size=32, train_steps=14_000, learning_rate=1e-3, ema_decay=0.9995, guidance_scale=3.0, sample_steps=50,
         ),
         Profile(
             name="flowers64", dataset="flowers102", image_size=64, train_images=None,

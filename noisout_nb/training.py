@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import FlowerImages, atomic_file, to_float
 from .forward_process import SCHEDULES, GaussianDiffusion
-from .parallel import gather, rank_and_world, share
+from .parallel import gather, has_bfloat16, rank_and_world, share
 from .profiles import REPOSITORY, Profile
 from .unet import UNet
 
@@ -161,14 +161,14 @@ class Step:
 def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *, steps: int, learning_rate: float,
           label_dropout: float = 0.1, max_gradient_norm: float = 1.0, losses: list[float] | None = None,
           checkpoint: Path | None = None, save_every: int = 500, seed: int = 0,
-          autocast: bool | None = None) -> Iterator[Step]:  # fmt: skip
+          autocast: bool = False) -> Iterator[Step]:  # fmt: skip
     """Algorithm 1 of Ho et al. 2020 as a generator: each `next` is one optimiser step, yielded as a `Step`.
 
     t is uniform over 0..T-1; the label of each picture is dropped with probability `label_dropout` (for
     classifier-free guidance); gradients are clipped to `max_gradient_norm`. With `checkpoint`, the whole state is
     written there every `save_every` steps, at the end and where the loop is left early; if the file is there at the
     start, training goes on from it, bit for bit on the CPU. `losses`, a list, is filled with the loss of every step, those
-    before a resume included. `autocast`: bfloat16 in the network, by default on CUDA only.
+    before a resume included. `autocast`: bfloat16 in the network where the device calculates with it, else float32 all the same.
 
     Under torchrun the processes share out each batch, so that N of them take the steps that one would take, up to
     rounding (and dropout). The first one writes the checkpoint, from which any number of processes can go on.
@@ -177,7 +177,7 @@ def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *
     FloatingPointError for a loss that is not finite.
     """
     device = process.betas.device
-    autocast = device.type == "cuda" if autocast is None else autocast
+    autocast = autocast and has_bfloat16(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
     generator = torch.Generator(device).manual_seed(seed)
     losses = [] if losses is None else losses

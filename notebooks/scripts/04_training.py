@@ -36,10 +36,10 @@ if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it
 import torch
 from torch.testing import assert_close
 
-from noisout_nb.data import factor_distance, load_data, to_float
+from noisout_nb.data import FlowerImages, factor_distance, load_data, to_float
 from noisout_nb.display import Live, filmstrip, image_grid, plot_lines, plot_loss, progress, stack
 from noisout_nb.forward_process import SCHEDULES, GaussianDiffusion
-from noisout_nb.parallel import get_device
+from noisout_nb.parallel import get_device, memory_format
 from noisout_nb.profiles import get_profile
 from noisout_nb.sampling import sample
 from noisout_nb.training import EMA, Batches, learning_rate_at, load_model, save_model, simple_loss, train
@@ -55,7 +55,7 @@ profile, device = get_profile(), get_device()
 # %%
 data, held_out = load_data(profile), load_data(profile, "val")
 process = GaussianDiffusion(SCHEDULES[profile.schedule](profile.timesteps), profile.prediction).to(device)
-model = UNet(**profile.network, num_classes=len(data.classes)).to(device, memory_format=torch.channels_last)
+model = UNet(**profile.network, num_classes=len(data.classes)).to(device, memory_format=memory_format(device, profile.autocast))
 print(f"{len(data)} pictures of {len(data.classes)} species to learn from, {len(held_out)} held out")
 
 # %% [markdown]
@@ -150,9 +150,10 @@ again = Batches(data, profile.batch_size, device=device)
 assert torch.equal(next(again)[0], images)
 
 # %%
-one_epoch = Batches(data, profile.batch_size, flip=False)
-seen = torch.cat([next(one_epoch)[0] for _ in range(one_epoch.per_epoch)])
-assert len(seen.flatten(1).unique(dim=0)) == len(seen), "no picture twice in an epoch"
+numbered = FlowerImages(data.images, torch.arange(len(data)), data.classes)  # each picture's label is its number
+one_epoch = Batches(numbered, profile.batch_size)
+seen = torch.cat([next(one_epoch)[1] for _ in range(one_epoch.per_epoch)])
+assert len(seen.unique()) == len(seen), "no picture twice in an epoch"
 
 
 # %% [markdown]
@@ -180,12 +181,12 @@ def my_training(model, steps, peak):
 
 # %% [markdown]
 # The helper's `train` is the same loop as a generator, with bookkeeping around it. Three steps of each, from the same start, must end at
-# the same weights.
+# the same weights. (Without dropout, whose dice the two would throw at different moments.)
 
 # %%
 def small_model():
     torch.manual_seed(1)
-    return UNet(**profile.network, num_classes=len(data.classes)).to(device)
+    return UNet(**profile.network | {"dropout": 0.0}, num_classes=len(data.classes)).to(device)
 
 
 # %%
@@ -198,7 +199,7 @@ def helper_training(model, steps, **options):
 # %%
 mine, helpers = small_model(), small_model()
 my_training(mine, 3, 1e-3)
-helper_losses = helper_training(helpers, 3, autocast=False)
+helper_losses = helper_training(helpers, 3)
 
 # %%
 for a, b in zip(mine.parameters(), helpers.parameters()):
@@ -276,7 +277,7 @@ print("steps in the record of the resumed run:", len(all_losses))
 # %%
 damaged = folder / "damaged.pth"
 damaged.write_bytes((folder / "run.pth").read_bytes()[:10_000])
-other = UNet(**profile.network | {"channels": 64}, num_classes=len(data.classes)).to(device)
+other = UNet(**profile.network | {"channels": 2 * profile.channels}, num_classes=len(data.classes)).to(device)
 for model_here, path in ((small_model(), damaged), (other, folder / "run.pth")):
     try:
         helper_training(model_here, 6, checkpoint=path)
@@ -297,7 +298,7 @@ except FloatingPointError as error:
 # %% [markdown]
 # ## The training
 #
-# Now in earnest. The loop is ours, so what is shown, and how often, is up to us: the loss at every step, and at some of them eight samples
+# Now in earnest, with `autocast` where the profile has it: the network then calculates in bfloat16, which some processors do much faster (notebook 08). The loop is ours, so what is shown, and how often, is up to us: the loss at every step, and at some of them eight samples
 # drawn from the average, always from the same noise. The stop button below the picture (or the kernel's interrupt) ends the loop after the present step; `close()` lets `train`
 # write its checkpoint first.
 
@@ -318,7 +319,7 @@ def dashboard():
 # %%
 checkpoint = profile.runs / "checkpoint.pth"
 steps = train(model, process, batches, ema, steps=profile.train_steps, learning_rate=profile.learning_rate,
-              label_dropout=profile.label_dropout, losses=losses, checkpoint=checkpoint)
+              label_dropout=profile.label_dropout, losses=losses, checkpoint=checkpoint, autocast=profile.autocast)
 with Live("The loss falls steeply and then slowly; below it the learning rate, which climbs and falls, and the latest samples") as live:
     for step in progress(steps, total=profile.train_steps, description="training"):
         if step.index in looks:

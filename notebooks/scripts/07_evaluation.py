@@ -46,7 +46,7 @@ from noisout_nb.display import Explorer, image_grid, plot_histograms, plot_lines
 from noisout_nb.evaluation import bits_per_dim, copied_share, extract_features, frechet_distance, kernel_distance, nearest, precision_recall
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, NoisyClassifier
-from noisout_nb.parallel import get_device
+from noisout_nb.parallel import get_device, memory_format
 from noisout_nb.profiles import REPOSITORY, get_profile
 from noisout_nb.sampling import sample
 from noisout_nb.training import EMA, Batches, load_model, load_or_train, train
@@ -216,9 +216,9 @@ assert precision == 1 and recall < 0.05
 # Four sets: real pictures, the network's samples, those of a network that was trained for a tenth of the time, and noise. If an instrument is any good it puts them in this order.
 
 # %%
-beginner = UNet(**model.config).to(device, memory_format=torch.channels_last)
+beginner = UNet(**model.config).to(device, memory_format=memory_format(device, profile.autocast))
 ema, batches = EMA(beginner, profile.ema_decay), Batches(data, profile.batch_size, device=device)
-for _ in train(beginner, process, batches, ema, steps=profile.train_steps // 10, learning_rate=profile.learning_rate):
+for _ in train(beginner, process, batches, ema, steps=profile.train_steps // 10, learning_rate=profile.learning_rate, autocast=profile.autocast):
     pass
 with ema.applied():
     sets = {"real": real, "trained": samples, "beginner": sampled(beginner)}

@@ -40,7 +40,7 @@ from noisout_nb.data import factor_distance, load_data, species_labels, to_float
 from noisout_nb.display import Live, filmstrip, image_grid, plot_lines, plot_loss, progress, stack
 from noisout_nb.forward_process import SCHEDULES, GaussianDiffusion
 from noisout_nb.guidance import ClassifierFreeGuidance
-from noisout_nb.parallel import get_device
+from noisout_nb.parallel import get_device, memory_format
 from noisout_nb.profiles import REPOSITORY, get_profile
 from noisout_nb.sampling import ddim, sample, sample_image
 from noisout_nb.training import EMA, Batches, load_model, save_model, train
@@ -92,7 +92,7 @@ filmstrip([x_t.cpu()], column_labels=[f"t = {int(i)}" for i in t], arrow="the fo
 # A UNet sees $x_t$, $t$ (as sinusoidal position embeddings) and the species, and is asked for what was mixed into the picture. It starts by answering zero.
 
 # %%
-model = UNet(**profile.network, num_classes=len(data.classes)).to(device, memory_format=torch.channels_last)
+model = UNet(**profile.network, num_classes=len(data.classes)).to(device, memory_format=memory_format(device, profile.autocast))
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 assert not model(images, torch.zeros_like(labels), labels).any()
 
@@ -117,7 +117,7 @@ def dashboard():
 # %%
 checkpoint = profile.runs / "checkpoint.pth"
 steps = train(model, process, batches, ema, steps=profile.train_steps, learning_rate=profile.learning_rate,
-              label_dropout=profile.label_dropout, losses=losses, checkpoint=checkpoint)
+              label_dropout=profile.label_dropout, losses=losses, checkpoint=checkpoint, autocast=profile.autocast)
 with Live("The loss falls, first fast and then slowly; below it the latest samples") as live:
     for step in progress(steps, total=profile.train_steps, description="training"):
         if step.index % (profile.train_steps // 5) == 0:
