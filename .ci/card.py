@@ -4,6 +4,7 @@
     python .ci/card.py                                  the table: some twenty minutes on two cores
     python .ci/card.py --weights old.pth new.pth        a row for each of these files (each with its .json)
     python .ci/card.py --samplers                       quality against network calls, 5 to 1,000: an hour more
+    python .ci/card.py --autocast ...                   the samples are drawn in bfloat16: faster where the device has it
 
 The protocol is that of notebook 07: one half of the held-out photographs is the reference, the other one shows what a perfect model could
 reach, and lends the samples its labels. The features are those of a classifier like the notebook's, but larger (32 channels, 1,200
@@ -26,7 +27,7 @@ from noisout_nb.data import atomic_file, factor_distance, load_data, to_float
 from noisout_nb.display import image_grid, plot_histograms, plot_lines, progress
 from noisout_nb.evaluation import bits_per_dim, copied_share, extract_features, frechet_distance, kernel_distance, nearest, precision_recall
 from noisout_nb.guidance import ClassifierFreeGuidance, NoisyClassifier
-from noisout_nb.parallel import get_device
+from noisout_nb.parallel import get_device, has_bfloat16
 from noisout_nb.profiles import get_profile
 from noisout_nb.sampling import SAMPLERS, sample
 from noisout_nb.training import Batches, load_model, load_safely
@@ -75,6 +76,7 @@ def main():
     arguments.add_argument("--weights", type=Path, nargs="+", help="files of weights; by default the profile's")
     arguments.add_argument("--steps", type=int, default=50, help="of DPM-Solver++, for each sample of the table")
     arguments.add_argument("--samplers", action="store_true", help="only the samplers' plot, of the first of the weights")
+    arguments.add_argument("--autocast", action="store_true", help="draw the samples in bfloat16, where the device has it")
     options = arguments.parse_args()
     profile, device = get_profile(), get_device()
     weights = options.weights or [profile.weights]
@@ -95,6 +97,9 @@ def main():
             file.write(json.dumps(results, indent=1, ensure_ascii=False).encode())
         print(name, json.dumps(result, ensure_ascii=False), flush=True)
 
+    autocast = options.autocast and has_bfloat16(device)
+
+    @torch.autocast(device.type, torch.bfloat16, enabled=autocast)
     def drawn(model, count=None, **settings):
         return sample(model, process, labels[:count], shape=shape, **{"steps": options.steps, "seed": 1} | settings).clamp(-1, 1).cpu()
 
@@ -110,15 +115,14 @@ def main():
         }  # fmt: skip
 
     if options.samplers:
-        quality, clock = {}, {}
-        for name in SAMPLERS:
-            quality[name], clock[name] = [], []
-            for steps in CALLS:
+        quality, clock = {name: [] for name in SAMPLERS}, {name: [] for name in SAMPLERS}
+        for steps in CALLS:
+            for name in SAMPLERS:
                 start = time.perf_counter()
                 pictures = drawn(model, FEW, sampler=name, steps=steps)
                 clock[name].append((time.perf_counter() - start) / FEW)
                 quality[name].append(frechet_distance(extract_features(look, pictures), reference_features))
-                keep("samplers", {"calls": CALLS, "Fréchet": quality, "seconds": clock, "samples": FEW})
+                keep("samplers", {"calls": CALLS, "Fréchet": quality, "seconds": clock, "samples": FEW, "bfloat16": autocast})
         floor = frechet_distance(extract_features(look, real[:FEW]), reference_features)
         keep("samplers", results["samplers"] | {"photographs": floor})
         plot_lines({name: (CALLS, values) for name, values in quality.items()}, x_label="network calls", y_label="Fréchet distance", log_x=True, log_y=True, markers=True,

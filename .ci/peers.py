@@ -6,7 +6,8 @@
 Each trains an unconditional UNet of about the same architecture (64, 128, 128 channels, two residual blocks a level, attention at
 16 x 16 and in the middle) on Flowers102 at 32 x 32 in batches of 32, as its own training program does: pictures loaded
 with its own loader and augmentation, its optimiser, clipping at 1, and its EMA. Steps are taken in turns in one process; memory
-and import time are those of a process each. Samples: each library's default (diffusers and denoising-diffusion-pytorch:
+and import time are those of a process each. The peers calculate in float32, as their programs do unless told otherwise; noisOut in
+bfloat16 where the device has it, as its profiles for photographs do, and once in float32 for comparison. Samples: each library's default (diffusers and denoising-diffusion-pytorch:
 1,000 steps of DDPM), noisOut's 20 steps of DPM-Solver++, as in the notebooks. This is no test, and the peers are no requirements.
 """
 
@@ -33,19 +34,20 @@ def photographs():
 
 class NoisOut:
     imports = "import noisout_nb.training, noisout_nb.sampling"
-    options = {}
+    options, autocast = {}, True
 
     def __init__(self):
         from noisout_nb.data import Flowers102
         from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
+        from noisout_nb.parallel import get_device, memory_format
         from noisout_nb.training import EMA, Batches, train
         from noisout_nb.unet import UNet
 
         network = dict(image_size=SIZE, channels=64, channel_mults=(1, 2, 2), attention_resolutions=(16,)) | self.options
-        self.model = UNet(**network).to(DEVICE, memory_format=torch.channels_last)
+        self.model = UNet(**network).to(DEVICE, memory_format=memory_format(get_device(), self.autocast))
         self.process = GaussianDiffusion(cosine_beta_schedule(), "v").to(DEVICE)
         batches = Batches(Flowers102(SIZE), BATCH, device=DEVICE)
-        self.steps = train(self.model, self.process, batches, EMA(self.model), steps=1_000_000, learning_rate=1e-4)
+        self.steps = train(self.model, self.process, batches, EMA(self.model), steps=1_000_000, learning_rate=1e-4, autocast=self.autocast)
 
     def step(self):
         next(self.steps)
@@ -54,6 +56,10 @@ class NoisOut:
         from noisout_nb.sampling import sample
 
         return sample(self.model, self.process, shape=(3, SIZE, SIZE), count=count)
+
+
+class NoisOutFloat32(NoisOut):
+    autocast = False
 
 
 class NoisOutFolded(NoisOut):
@@ -140,7 +146,7 @@ class Lucidrains:
         return self.model.sample(count)
 
 
-CONTENDERS = {"noisOut": NoisOut, "noisOut, folded": NoisOutFolded, "diffusers": Diffusers, "denoising-diffusion-pytorch": Lucidrains}
+CONTENDERS = {"noisOut": NoisOut, "noisOut, float32": NoisOutFloat32, "noisOut, folded": NoisOutFolded, "diffusers": Diffusers, "denoising-diffusion-pytorch": Lucidrains}
 
 
 def timed(work) -> float:

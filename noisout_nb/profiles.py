@@ -70,7 +70,7 @@ PROFILES = {
         Profile(
             name="flowers32", dataset="flowers102", image_size=32, train_images=None,
             patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.05,
-            batch_size=32, train_steps=14_000, learning_rate=1e-3, ema_decay=0.9995, guidance_scale=3.0, sample_steps=50,
+            batch_size=32, train_steps=12_000, learning_rate=1e-3, ema_decay=0.9995, guidance_scale=3.0, sample_steps=50,
         ),
         Profile(
             name="flowers64", dataset="flowers102", image_size=64, train_images=None,

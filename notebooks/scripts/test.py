@@ -21,7 +21,7 @@
 # **What you'll learn**: how the parts that the series takes one by one fit together. Every section names the notebook that explains it.
 #
 # **What you need**: two CPU cores and two minutes for the embedded flowers. With `NOISOUT_PROFILE=flowers32` the same page trains on photographs, Oxford
-# Flowers102, which it downloads itself (345 MB); that takes about six hours on two CPU cores, may be killed at any time, and goes on where it was when it is started again.
+# Flowers102, which it downloads itself (345 MB); that takes one to two hours on two CPU cores, may be killed at any time, and goes on where it was when it is started again.
 # The paired script does the same from a terminal: `NOISOUT_PROFILE=flowers32 python notebooks/scripts/test.py`.
 
 # %%
