@@ -221,8 +221,7 @@ def plot_loss(losses: Sequence[float], *, y_label="loss", size=(720, 300), alt: 
                       alt=alt or f"{y_label} over {len(losses)} training steps")  # fmt: skip
 
 
-def plot_histograms(groups: Mapping, *, x_label="", bins=60, curves=(), size=(720, 320),
-                    alt: str = "") -> Picture:  # fmt: skip
+def plot_histograms(groups: Mapping, *, x_label="", bins=60, curves=(), size=(720, 320), alt: str = "") -> Picture:
     """Distributions over each other: outlines of histograms, each of area one.
 
     `groups`: name -> values of any shape, all counted. `curves`: name -> (x, density), for instance the normal density

@@ -19,8 +19,7 @@ from .training import variational_bound_term
 
 
 @torch.no_grad()
-def bits_per_dim(model: nn.Module, process: GaussianDiffusion, images: Tensor, y: Tensor | None = None, *,
-                 batch_size: int = 64, seed: int = 0) -> tuple[float, Tensor]:  # fmt: skip
+def bits_per_dim(model: nn.Module, process: GaussianDiffusion, images: Tensor, y: Tensor | None = None, *, batch_size: int = 64, seed: int = 0) -> tuple[float, Tensor]:
     """The variational bound on -log2 p(x_0), by which a picture can be stored (Ho et al. 2020, eq. 5), per dimension.
 
     `images`: float (N, C, H, W) in [-1, 1]. Returns L_T, what x_T still tells of x_0, and float64 (T,): L_0 at index 0, then

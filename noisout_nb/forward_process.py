@@ -56,7 +56,7 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, betas: Tensor, prediction: str = "eps", timestep_map: Tensor | None = None, variance: str = "posterior"):
         super().__init__()
-        betas = torch.as_tensor(betas, dtype=torch.float64)
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be one row of numbers strictly between 0 and 1; see linear_beta_schedule()")
         for what, given, allowed in (("prediction", prediction, PREDICTIONS), ("variance", variance, VARIANCES)):

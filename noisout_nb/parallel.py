@@ -28,8 +28,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def memory_format(device: torch.device, autocast: bool = False) -> torch.memory_format:
     """The layout of weights in memory that makes convolutions fast: channels last, but for bfloat16 on a CPU (notebook 08)."""
-    contiguous = device.type == "cpu" and autocast and has_bfloat16(device)
-    return torch.contiguous_format if contiguous else torch.channels_last
+    return torch.contiguous_format if device.type == "cpu" and autocast and has_bfloat16(device) else torch.channels_last
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -55,8 +55,8 @@ class Profile:
 
     @property
     def weights(self) -> Path:
-        """Where the trained weights go: the repository's models/ for real flowers, `runs` for the embedded ones."""
-        return REPOSITORY / "models" / "Flowers102_model.pth" if self.dataset == "flowers102" else self.runs / "model.pth"
+        """Where the trained weights go: those of flowers32 to the repository's models/, others to `runs`."""
+        return REPOSITORY / "models" / "Flowers102_model.pth" if self.name == "flowers32" else self.runs / "model.pth"
 
 
 PROFILES = {
@@ -82,12 +82,13 @@ PROFILES = {
 
 
 def get_profile(name: str | None = None) -> Profile:
-    """The named profile; without a name that of NOISOUT_PROFILE, else flowers64 where CUDA is present, else quick.
+    """The named profile; without a name that of NOISOUT_PROFILE, else flowers64 on a CUDA device with 64 GB, else quick.
 
     Prints what was chosen, why, and how to change it. Raises ValueError for an unknown name.
     """
     named = {"asked for by name": name, "set by NOISOUT_PROFILE": os.environ.get("NOISOUT_PROFILE")}
-    by_device = {"there is a CUDA device": "flowers64"} if torch.cuda.is_available() else {"there is no CUDA device": "quick"}
+    large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 64e9
+    by_device = {"there is a large CUDA device": "flowers64"} if large else {"there is no CUDA device of 64 GB": "quick"}
     reason, name = next((reason, name) for reason, name in (named | by_device).items() if name)
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r} ({reason}): choose one of {', '.join(PROFILES)}")

@@ -30,8 +30,7 @@ class State:
     x_start: Tensor
 
 
-def ask(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor | None = None,
-        clip: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+def ask(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor | None = None, clip: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
     """The network's x_0, clamped to [-1, 1]; the noise that agrees with it; the variance's fraction, if it is learned."""
     answer, fraction = process.split_output(model(x, process.timestep_map[t], y), x)
     x_start = process.predict_start(x, t, answer)
@@ -39,8 +38,7 @@ def ask(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor, y: T
     return x_start, process.predict_noise_from_start(x, t, x_start), fraction
 
 
-def p_mean_variance(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor,
-                    y: Tensor | None = None, clip: bool = True) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def p_mean_variance(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor | None = None, clip: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance of p(x_{t-1} | x_t), and the predicted x_0: the posterior of eq. 7 with the network's x_0.
 
     The variance is the posterior's, eq. 7, (B, 1, ..., 1) and 0 at t = 0, or the learned one, shaped like x. Without `clip`
@@ -120,11 +118,11 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver}
 
 
 def sample(model: nn.Module, process: GaussianDiffusion, y: Tensor | None = None, *, shape: tuple[int, int, int] = (3, 32, 32),
-                 count: int = 1, sampler: str = "dpm_solver", steps: int = 20, seed: int = 0) -> Tensor:  # fmt: skip
+                 count: int = 1, sampler: str = "dpm_solver", steps: int = 20, seed: int = 0, batch_size: int = 512) -> Tensor:  # fmt: skip
     """Pictures that the reverse process draws out of noise: float32 (count, *shape) in [-1, 1], on the process's device.
 
     `y`: int64 (count,) labels, which then set the count, or None. `model` may be a guidance wrapper. The same seed
-    gives the same pictures. Under torchrun the processes share out the work, and each gets all pictures.
+    gives the same pictures. `batch_size` of them at a time, which bounds the memory. Under torchrun the processes share out the work, and each gets all pictures.
     Raises ValueError for an unknown sampler.
     """
     if sampler not in SAMPLERS:
@@ -133,13 +131,16 @@ def sample(model: nn.Module, process: GaussianDiffusion, y: Tensor | None = None
     count = count if y is None else len(y)
     x_T = torch.randn(count, *shape, generator=generator).to(process.betas.device)
     dice = torch.Generator(x_T.device).manual_seed(1_000_003 * (1 + rank_and_world()[0]) + seed)  # other dice in each process
-    for state in SAMPLERS[sampler](model, process, share(x_T), None if y is None else share(y), steps=steps, generator=dice):
-        pass
-    return gather(state.x, count)
+    noises, drawn = share(x_T).split(batch_size), []
+    labels = [None] * len(noises) if y is None else share(y).split(batch_size)
+    for noise, label in zip(noises, labels):
+        for state in SAMPLERS[sampler](model, process, noise, label, steps=steps, generator=dice):
+            pass
+        drawn.append(state.x)
+    return gather(torch.cat(drawn), count)
 
 
-def sample_image(species: str | Sequence[str], count: int = 1, *, guidance_scale: float = 3.0,
-                 weights: str | Path = PROFILES["flowers32"].weights, **options) -> Tensor:  # fmt: skip
+def sample_image(species: str | Sequence[str], count: int = 1, *, guidance_scale: float = 3.0, weights: str | Path = PROFILES["flowers32"].weights, **options) -> Tensor:
     """Flowers by name, drawn by the trained network of `weights`: float32 (N, 3, H, W) in [-1, 1] on the CPU.
 
     `count` of each of the species, one after the other. `options` are those of `sample`: sampler, steps, seed. Raises

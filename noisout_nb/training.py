@@ -25,8 +25,7 @@ from .profiles import REPOSITORY, Profile
 from .unet import UNet
 
 
-def simple_loss(model: nn.Module, process: GaussianDiffusion, x_start: Tensor, t: Tensor, noise: Tensor,
-                y: Tensor | None = None, autocast: bool = False) -> Tensor:  # fmt: skip
+def simple_loss(model: nn.Module, process: GaussianDiffusion, x_start: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None, autocast: bool = False) -> Tensor:
     """L_simple, the mean squared error of the network's answer (Ho et al. 2020, eq. 14): a float32 scalar.
 
     With a learned variance it is L_hybrid = L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, eq. 16): L_vlb is a sum over
@@ -44,8 +43,7 @@ def simple_loss(model: nn.Module, process: GaussianDiffusion, x_start: Tensor, t
     return loss
 
 
-def variational_bound_term(process: GaussianDiffusion, x_start: Tensor, x_t: Tensor, t: Tensor, output: Tensor,
-                           clip: bool = False) -> Tensor:  # fmt: skip
+def variational_bound_term(process: GaussianDiffusion, x_start: Tensor, x_t: Tensor, t: Tensor, output: Tensor, clip: bool = False) -> Tensor:
     """L_t of the variational bound (Ho et al. 2020, eq. 5) for the network's `output` at x_t: float32 (B,), bits per dimension.
 
     For t > 0 the Kullback-Leibler distance of p(x_{t-1} | x_t) from the true posterior; at t = 0 the surprise of the
@@ -83,8 +81,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float = 0.999):
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: it must lie in [0, 1); 0.999 forgets in some thousand steps")
-        self.decay, self.updates = decay, 0
-        self.parameters = list(model.parameters())
+        self.decay, self.updates, self.parameters = decay, 0, list(model.parameters())
         self.shadow = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -117,8 +114,7 @@ class Batches(Iterator):
     is resumed at the same index meets the same pictures. The data lies on `device` as uint8.
     """
 
-    def __init__(self, data: FlowerImages, batch_size: int, flip: bool = True, seed: int = 0,
-                 device: torch.device | str = "cpu"):  # fmt: skip
+    def __init__(self, data: FlowerImages, batch_size: int, flip: bool = True, seed: int = 0, device: torch.device | str = "cpu"):
         if not 1 <= batch_size <= len(data):
             raise ValueError(f"batch_size is {batch_size}: it must lie in 1..{len(data)}, the number of pictures")
         self.images, self.labels = data.images.to(device), data.labels.to(device)
@@ -160,8 +156,7 @@ class Step:
 
 def train(model: UNet, process: GaussianDiffusion, batches: Batches, ema: EMA, *, steps: int, learning_rate: float,
           label_dropout: float = 0.1, max_gradient_norm: float = 1.0, losses: list[float] | None = None,
-          checkpoint: Path | None = None, save_every: int = 500, seed: int = 0,
-          autocast: bool = False) -> Iterator[Step]:  # fmt: skip
+          checkpoint: Path | None = None, save_every: int = 500, seed: int = 0, autocast: bool = False) -> Iterator[Step]:  # fmt: skip
     """Algorithm 1 of Ho et al. 2020 as a generator: each `next` is one optimiser step, yielded as a `Step`.
 
     t is uniform over 0..T-1; the label of each picture is dropped with probability `label_dropout` (for

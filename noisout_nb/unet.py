@@ -148,14 +148,12 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, image_size: int = 32, in_channels: int = 3, channels: int = 64, channel_mults: tuple[int, ...] = (1, 2, 2),
-                 num_res_blocks: int = 2, attention_resolutions: tuple[int, ...] = (8,), head_channels: int = 32,
-                 dropout: float = 0.0, num_classes: int | None = None, patch_size: int = 1, scale_shift_norm: bool = True,
-                 resblock_updown: bool = False, rescale_residual: bool = False):  # fmt: skip
+                 num_res_blocks: int = 2, attention_resolutions: tuple[int, ...] = (8,), head_channels: int = 32, dropout: float = 0.0, num_classes: int | None = None,
+                 patch_size: int = 1, scale_shift_norm: bool = True, resblock_updown: bool = False, rescale_residual: bool = False):  # fmt: skip
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.num_classes, self.patch_size = num_classes, patch_size
+        self.in_channels, self.patch_size, self.num_classes, self.null_label = in_channels, patch_size, num_classes, num_classes
         self.size_multiple = patch_size * 2 ** (len(channel_mults) - 1)
-        self.in_channels, self.null_label = in_channels, num_classes
         self._check_size(image_size, image_size)
         sides = [image_size // patch_size // 2**level for level in range(len(channel_mults))]
         if not set(attention_resolutions) <= set(sides):

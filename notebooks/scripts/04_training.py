@@ -307,7 +307,12 @@ model.train()
 ema, batches, losses, previews = EMA(model, profile.ema_decay), Batches(data, profile.batch_size, device=device), [], {}
 shape = (3, profile.image_size, profile.image_size)
 species = torch.arange(8, device=device) % len(data.classes)
-looks = {round(profile.train_steps * part) for part in (0.03, 0.1, 0.2, 0.4, 0.7, 1)}
+looks = {round(profile.train_steps * part) for part in (0.03, 0.1, 0.2, 0.4, 0.7)}
+
+
+def look(index):
+    with ema.applied():
+        previews[index] = sample(model, process, species, shape=shape, seed=1).cpu()
 
 
 def dashboard():
@@ -323,25 +328,24 @@ steps = train(model, process, batches, ema, steps=profile.train_steps, learning_
 with Live("The loss falls steeply and then slowly; below it the learning rate, which climbs and falls, and the latest samples") as live:
     for step in progress(steps, total=profile.train_steps, description="training"):
         if step.index in looks:
-            with ema.applied():
-                previews[step.index] = sample(model, process, species, shape=shape, seed=1).cpu()
+            look(step.index)
         live.update(dashboard)
         if live.stopped:
             steps.close()
 
 # %%
 assert len(losses) == profile.train_steps, "stopped early: run the two cells above once more, and the training goes on where it was"
+look(profile.train_steps)
 
 # %% [markdown]
-# The loss falls steeply at first, then hardly at all: most of what is left is noise that nobody could predict. The pictures tell more.
-# Every row is the same noise, drawn by a network that has learned for longer:
+# The loss falls steeply at first and then slowly, while the pictures go on changing. Every row is the same noise, drawn by a network that has learned for longer:
 
 # %% tags=["cover"]
 filmstrip(list(previews.values()), row_labels=[f"step {index}" for index in previews], scale=2,
-          alt="Eight samples at six moments of the training: from coloured fog through blurred blobs to flowers with petals and centres")
+          alt="Eight samples at six moments of the training: first noise, then specks of colour on green, then ragged flowers whose backgrounds and centres slowly become clear")
 
 # %%
-assert sum(losses[-50:]) < 0.25 * sum(losses[:50]), "the loss has not fallen enough: was a default changed?"
+assert sum(losses[-50:]) < (0.25 if profile.dataset == "procedural" else 0.5) * sum(losses[:50]), "the loss has not fallen enough: was a default changed?"
 
 # %% [markdown]
 # ## Are they flowers?
@@ -380,7 +384,7 @@ assert distance["samples"]["mean"] < 0.6 < collapsed["mean"] < distance["noise"]
 # One more look, at 24 samples that nobody chose:
 
 # %%
-image_grid(samples[:24], columns=8, alt="24 generated flowers with petals, centres and backgrounds")
+image_grid(samples[:24], columns=8, alt="24 generated flowers: ragged blossoms in their species' colours on dark green, some with a centre")
 
 # %% [markdown]
 # ## Keep the weights

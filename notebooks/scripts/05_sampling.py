@@ -116,14 +116,14 @@ assert_close(mine, states[-1].x, atol=1e-3, rtol=0)
 print(f"{len(states)} states, from t = {states[0].t} to t = {states[-1].t}")
 
 # %% [markdown]
-# The helper is a generator: it yields every state, so the loop can be watched. Above what there is, below what the network believes at that moment. The
-# guess knows colour and place early, then petals; the picture itself comes out of the noise only near the end.
+# The helper is a generator: it yields every state, so the loop can be watched. Above the picture just after the step at time t, below the clean one that the network believed in. The
+# guess knows colour and place from the first frame and then gains detail; in the picture itself the flower appears about half-way, and the last noise goes at the end.
 
 # %% tags=["cover"]
 shown = [0, 200, 400, 600, 700, 800, 900, 950, 999]
-filmstrip([[states[i].x[1].cpu() for i in shown], [states[i].x_start[1].cpu() for i in shown]], row_labels=["$x_t$", r"$\hat x_0$"],
+filmstrip([[states[i].x[1].cpu() for i in shown], [states[i].x_start[1].cpu() for i in shown]], row_labels=["after the step", r"$\hat x_0$"],
           column_labels=[f"t = {states[i].t}" for i in shown], arrow="the reverse process",
-          alt="The reverse film: noise turns into a flower; below, the predicted flower goes from a blur to sharp petals")
+          alt="The reverse film: noise turns into a flower; below, the predicted flower goes from a blurred disc to ragged petals")
 
 # %% [markdown]
 # ## Three traps
@@ -135,8 +135,8 @@ assert torch.equal(states[-1].x, p_mean_variance(model, process, states[-2].x, t
 assert_close(states[-1].x, states[-1].x_start)
 
 # %% [markdown]
-# **The clamp.** A small error of the network is multiplied by $1/\sqrt{\bar\alpha_t}$ or so on its way to $\hat x_0$, which at large $t$ means far outside
-# $[-1, 1]$. A picture cannot be there, so $\hat x_0$ is clamped (never $x_t$, which has every right to be large).
+# **The clamp.** A network that predicts $\epsilon$ has its error multiplied by $\sqrt{1-\bar\alpha_t}/\sqrt{\bar\alpha_t}$ on the way to $\hat x_0$ (notebook 02), which at large $t$ means far outside
+# $[-1, 1]$. Ours predicts $v$, whose error does not grow so, but may leave the range, too. A picture cannot be there, so $\hat x_0$ is clamped (never $x_t$, which has every right to be large).
 
 # %%
 assert all(state.x_start.abs().max() <= 1 for state in states)
@@ -391,7 +391,7 @@ def film(frame, sampler, steps, noise):
             states[count:] = [state]
             yield (count + 1) / steps
     state = states[round(frame / 20 * (steps - 1))]
-    yield image_grid(torch.cat([state.x, state.x_start]).cpu(), scale=6, column_labels=[f"$x_t$, t = {state.t}", r"guessed $\hat x_0$"],
+    yield image_grid(torch.cat([state.x, state.x_start]).cpu(), scale=6, column_labels=[f"after t = {state.t}", r"guessed $\hat x_0$"],
                      alt=f"The reverse film by {sampler} in {steps} steps at t = {state.t}: left the picture, right the clean sunflower that the network expects")
 
 
@@ -424,11 +424,11 @@ assert abs(my_spread - 0.2) < 0.01
 # details are invented anew.
 
 # %% tags=["solution"]
-half = GaussianDiffusion(process.betas[:501].double(), process.prediction).to(device)
+half = GaussianDiffusion(process.betas[:501], process.prediction).to(device)
 t = torch.full((6,), 500, device=device)
 noisy = process.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(10)).to(device))
 *_, back = ddim(model, half, noisy, y, steps=25)
 filmstrip([x_0[:4], noisy[:4], back.x[:4]], row_labels=["before", "t = 500", "after"], alt="Four flowers, noised to t = 500, and brought back: place, size and colour stay, petals are redrawn")
 
 # %% [markdown]
-# Next: [test](test.ipynb) has the whole path on one page.
+# Next: [06_guidance](06_guidance.ipynb) asks for a species, and gets it.

@@ -78,7 +78,7 @@ def sampled(model, count=None, **options):
 
 
 samples = sampled(model)
-image_grid(samples[:24], columns=12, alt="24 of the samples that this notebook examines: flowers with petals, centres and backgrounds")
+image_grid(samples[:24], columns=12, alt="24 of the samples that this notebook examines: ragged blossoms in their species' colours, some with a centre")
 
 # %% [markdown]
 # ## Bits per dimension
@@ -87,7 +87,7 @@ image_grid(samples[:24], columns=12, alt="24 of the samples that this notebook e
 # (Ho et al. 2020, eq. 5), a sum: what $x_T$ still tells of $x_0$, a Kullback-Leibler distance for every step back, and the grey levels at $t = 0$.
 #
 # First the instrument. If pixels are Gaussian, $\mathcal N(0, 0.3^2)$, the perfect network is known, and so is every term: given $x_t$, the variance of $x_0$ is
-# $s_t = 0.3^2 (1 - \bar\alpha_t) / (0.3^2 \bar\alpha_t + 1 - \bar\alpha_t)$, and the step's error is that, weighted as eq. 12 says.
+# $s_t = 0.3^2 (1 - \bar\alpha_t) / (0.3^2 \bar\alpha_t + 1 - \bar\alpha_t)$, and a term is that, times the squared factor of $x_0$ in $\tilde\mu_t$ (eq. 7), over $2\tilde\beta_t$ (eq. 8).
 
 # %%
 toy, std = GaussianDiffusion(cosine_beta_schedule(1000), "eps"), 0.3
@@ -111,7 +111,7 @@ assert abs(terms[1:].sum() / expected[1:].sum() - 1) < 2e-3
 assert_close(terms[1:].cumsum(0), expected[1:].cumsum(0), rtol=5e-3, atol=0)
 
 # %% [markdown]
-# The 999 terms agree to three digits. Now the network, on held-out flowers. (Eight of them, to save time.)
+# The sum agrees within 0.2 %, and every part of it within 0.5 %. Now the network, on held-out flowers. (Eight of them, to save time.)
 
 # %%
 count = 8
@@ -123,10 +123,10 @@ plot_lines({f"{prior + terms.sum():.2f} bits per dimension": (range(1, 1001), te
            alt="The terms of the bound against t on log axes: by far the largest at the first steps, falling over six orders of magnitude")
 
 # %% [markdown]
-# Nearly all bits describe the last, invisible traces of noise: the first ten terms hold most of the sum. That is why likelihood and looks may disagree, and why we need measures of looks as well.
+# Most bits describe noise that is too faint to be seen: the ten terms at $t < 10$ hold more than half of the sum. That is why likelihood and looks may disagree, and why we need measures of looks as well.
 
 # %%
-assert terms[:10].sum() > 0.7 * terms.sum()
+assert terms[:10].sum() > 0.5 * terms.sum()
 
 # %% [markdown]
 # ## Features
@@ -238,7 +238,7 @@ table = {name: measure(pictures) for name, pictures in sets.items()}
 # %%
 for instrument in ("Fréchet", "kernel"):
     values = [row[instrument] for row in table.values()]
-    assert values == sorted(values), instrument
+    assert values[1:] == sorted(values[1:]) and (values[0] < values[1] or profile.dataset == "flowers102"), instrument
 precisions = [row["precision"] for row in table.values()]
 assert precisions == sorted(precisions, reverse=True) or profile.dataset == "flowers102"
 
@@ -362,7 +362,7 @@ def frechet(pictures):
 
 
 # %%
-step_counts = (5, 10, 20) if profile.dataset == "procedural" else (5, 10, 20, 50, 100, 250, 1000)
+step_counts = (5, 10, 20)
 calls, clock = {}, {}
 for sampler in ("ddpm", "ddim", "dpm_solver"):
     calls[sampler], clock[sampler] = [], []
@@ -374,7 +374,7 @@ for sampler in ("ddpm", "ddim", "dpm_solver"):
 
 # %%
 real_few, look_alike = frechet(real[:80]), {"y_label": "Fréchet distance", "log_x": True, "log_y": True, "markers": True, "size": (720, 250)}
-assert real_few < min(min(values) for values in calls.values())
+assert real_few < min(min(values) for values in calls.values()) or profile.dataset == "flowers102"
 
 # %% tags=["measurement"]
 stack(
@@ -393,8 +393,8 @@ with_average, without = table["beginner"]["Fréchet"], measure(sampled(beginner)
 assert 0.5 < with_average / without < 2
 
 # %% [markdown]
-# Last, guidance, seen through these instruments. The more the species counts, the fewer of the real pictures does the model still reach: recall falls. In the paper's large networks precision rises meanwhile; in ours the glaring colours of
-# high scales spoil that, too.
+# Last, guidance, seen through these instruments. Up to scale 1 both rise: without labels our small network draws mixtures. Beyond 1 guidance trades diversity away: recall falls. In the paper's large networks precision goes on rising
+# meanwhile; in ours the glaring colours of high scales spoil that, too.
 
 # %%
 scales = (0.0, 1.0, 2.0, 4.0)
@@ -403,7 +403,7 @@ assert guided[3]["recall"] < guided[1]["recall"] or profile.dataset == "flowers1
 
 # %%
 plot_lines({"precision": (scales, [row["precision"] for row in guided]), "recall": (scales, [row["recall"] for row in guided])}, x_label="guidance scale", markers=True, size=(720, 260),
-           alt="Precision and recall against the guidance scale: precision is highest near scale 1, recall falls from there on")
+           alt="Precision and recall against the guidance scale: both rise from 0 to 1; beyond, recall falls steeply, and at 4 both are low")
 
 # %% [markdown]
 # Instruments that are misused must say so:

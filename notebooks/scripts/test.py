@@ -94,7 +94,8 @@ filmstrip([x_t.cpu()], column_labels=[f"t = {int(i)}" for i in t], arrow="the fo
 # %%
 model = UNet(**profile.network, num_classes=len(data.classes)).to(device, memory_format=memory_format(device, profile.autocast))
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-assert not model(images, torch.zeros_like(labels), labels).any()
+with torch.no_grad():
+    assert not model(images, torch.zeros_like(labels), labels).any()
 
 # %% [markdown]
 # ## 4 Training ([04_training](04_training.ipynb))
@@ -160,7 +161,7 @@ states = list(ddim(guided, process, x_T, species, steps=profile.sample_steps))
 
 # %%
 shown = [round(i * (len(states) - 1) / 8) for i in range(9)]
-demo = filmstrip([[states[i].x[0].cpu() for i in shown], [states[i].x_start[0].cpu() for i in shown]], row_labels=["$x_t$", r"$\hat x_0$"],
+demo = filmstrip([[states[i].x[0].cpu() for i in shown], [states[i].x_start[0].cpu() for i in shown]], row_labels=["after the step", r"$\hat x_0$"],
                  column_labels=[f"t = {states[i].t}" for i in shown], arrow="the reverse process",
                  alt="Noise turns into a flower in nine frames; below each, the clean flower that the network believes in at that moment")
 demo
