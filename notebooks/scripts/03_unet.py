@@ -113,7 +113,8 @@ assert moving[0] < moving[1] / 2
 # ## A block that cannot do harm
 #
 # Most of the network is one kind of block: normalise, bend (SiLU), convolve, twice, and *add* the result to the input. Its second convolution starts with all weights
-# zero. So every block begins as "change nothing", and a deep stack of them trains from the first step on.
+# zero. So every block begins as "change nothing": a deep stack of them starts as the identity, neither blowing up nor wiping out what goes through it, and each block
+# learns what to add.
 
 # %%
 block = ResBlock(32, 32, emb_channels=128)
@@ -152,7 +153,7 @@ assert_close(alone, among_others)
 # %% [markdown]
 # ## Distant petals talk to each other
 #
-# A convolution sees three pixels. That the left petal has the colour of the right one takes *attention*: each position asks a question (query), each offers a
+# A convolution of 3 x 3 sees a pixel and its eight neighbours. That the left petal has the colour of the right one takes *attention*: each position asks a question (query), each offers a
 # key and a value, and everyone receives a mixture of all values, weighed by how well key and query agree. Several heads do so side by side.
 
 # %%
@@ -236,7 +237,8 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 trace, hooks = [], []
 for name, module in model.named_modules():
     if isinstance(module, (Block, Downsample, Upsample)) or name.startswith(("conv_", "middle")) and "." not in name:
-        note = lambda m, i, out, name=name: trace.append((name, type(m).__name__, out.shape[1], out.shape[2]))
+        kind = type(module).__name__ + " + attention" * isinstance(getattr(module, "attention", None), AttentionBlock)
+        note = lambda m, i, out, name=name, kind=kind: trace.append((name, kind, out.shape[1], out.shape[2]))
         hooks.append(module.register_forward_hook(note))
 size = profile.image_size
 answer = model(torch.randn(1, 3, size, size), torch.tensor([500]))
@@ -246,35 +248,47 @@ for hook in hooks:
 
 # %%
 for name, kind, channels, side in trace:
-    print(f"{name:16} {kind:14} {channels:4} x {side} x {side}")
+    print(f"{name:16} {kind:17} {channels:4} x {side} x {side}")
 
 
 # %% [markdown]
-# The same as a drawing: down on the left, up on the right, and across the skip connections, which hand the details over. Each level is half as large as the one above.
+# The same as a drawing: down on the left, up on the right, each level half as large as the one above. Dashed are the skip connections: whatever a piece on the way down turns out,
+# the convolution at the entrance included, is kept, and each block on the way up takes one of these off the pile, the last one first.
 
 # %%
 def draw_unet(trace):
-    figure = Figure(figsize=(7.6, 3.4))
+    figure = Figure(figsize=(7.6, 3.7))
     axes = figure.add_axes([0.02, 0.02, 0.96, 0.96])
     sides = sorted({side for *_, side in trace}, reverse=True)
-    colors = {"Block": "#56B4E9", "ResBlock": "#56B4E9", "AttentionBlock": "#CC79A7", "Conv2d": "#999999", "Downsample": "#E69F00", "Upsample": "#009E73"}
+    colors = {"residual block": "#56B4E9", "attention": "#CC79A7", "down": "#E69F00", "up": "#009E73", "convolution": "#999999"}
+    kinds = dict(zip(("Block", "ResBlock", "AttentionBlock", "Downsample", "Upsample", "Conv2d"), ("residual block", *colors)))
     for column, (name, kind, channels, side) in enumerate(trace):
-        y = -sides.index(side) * 1.25
-        axes.bar(column, 0.8, 0.72, y - 0.4, color=colors[kind], edgecolor="#333333", linewidth=0.6)
-        axes.text(column, y, channels, ha="center", va="center", fontsize=8)
+        y = -sides.index(side) * 1.4
+        axes.bar(column, 0.8, 0.72, y - 0.4, color=colors[kinds[kind.split()[0]]], edgecolor="#333333", linewidth=0.6)
+        if kind.endswith("+ attention"):
+            axes.bar(column, 0.2, 0.72, y - 0.4, color=colors["attention"], edgecolor="#333333", linewidth=0.6)
+        axes.text(column, y, channels, ha="center", va="center", fontsize=7)
     for level, side in enumerate(sides):
-        here = [(column, name) for column, (name, _, _, at) in enumerate(trace) if at == side]
-        last_down = max(column for column, name in here if name.startswith(("conv_in", "down")))
-        first_up = min(column for column, name in here if name.startswith(("middle", "up")))
-        if first_up > last_down + 1:
-            axes.annotate("", (first_up - 0.4, -level * 1.25), (last_down + 0.4, -level * 1.25), arrowprops={"arrowstyle": "->", "linestyle": "--"})
-        axes.text(-0.9, -level * 1.25, f"{side} x {side}", ha="right", va="center", fontsize=9)
-    for color, label in (("#56B4E9", "residual block"), ("#CC79A7", "attention"), ("#E69F00", "down"), ("#009E73", "up"), ("#999999", "convolution")):
+        axes.text(-0.9, -level * 1.4, f"{side} x {side}", ha="right", va="center", fontsize=9)
+    draw_skips(axes, trace, sides)
+    for label, color in colors.items():
         axes.bar(0, 0, color=color, label=label)
     axes.legend(loc="lower right", frameon=False, fontsize=8, ncols=2)
-    axes.set(xlim=(-3, len(trace)), ylim=(-1.25 * len(sides) - 0.2, 0.7))
+    axes.set(xlim=(-3, len(trace)), ylim=(-1.4 * len(sides) - 0.1, 0.9))
     axes.axis("off")
     return figure
+
+
+# %%
+def draw_skips(axes, trace, sides):
+    kept, lanes = [column for column, (name, *_) in enumerate(trace) if name.startswith(("conv_in", "down"))], dict.fromkeys(sides, 0)
+    for column, (name, kind, _, side) in enumerate(trace):
+        if name.startswith("up") and kind.startswith("Block"):
+            source, top, lanes[side] = kept.pop(), 0.4 - sides.index(side) * 1.4, lanes[side] + 1
+            lane = top + 0.12 * lanes[side]
+            axes.plot([source, source, column], [top, lane, lane], "--", color="#333333", linewidth=0.9)
+            axes.annotate("", (column, top - 0.02), (column, lane), arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7, "color": "#333333"})
+    assert kept == [], "all are taken"
 
 
 # %% tags=["cover"]

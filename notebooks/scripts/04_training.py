@@ -350,7 +350,7 @@ assert sum(losses[-50:]) < (0.25 if profile.dataset == "procedural" else 0.5) * 
 # %% [markdown]
 # ## Are they flowers?
 #
-# The embedded flowers are drawn from known factors, and `factor_distance` (notebook 01) tells how far a set of pictures is from them: in size, hue and
+# The embedded flowers are drawn from known factors, and `factor_distance` (notebook 01) tells how far a set of pictures is from them: in size, colour and
 # background, 0 being perfect and 1 a shift by the data's own spread. For scale stand beside it a second set of real pictures, which shows the least that
 # 256 pictures can reach, and plain noise.
 

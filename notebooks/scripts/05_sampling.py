@@ -262,8 +262,8 @@ assert_close(a.x, b.x, atol=1e-3, rtol=0)
 # ## DPM-Solver++: look back to see ahead
 #
 # DDIM treats $\hat x_0$ as fixed during a step. But it moves, and from its last two values one can see where to: DPM-Solver++(2M) (Lu et al. 2022) extends
-# that line to the middle of the step. Time is measured in $\lambda = \log(\sqrt{\bar\alpha}/\sqrt{1-\bar\alpha})$, in which $\hat x_0$ moves most evenly; with $h$ the length of this step and
-# $r$ the last one's length over it, the paper's formula reads
+# that line to the middle of the step. Time is measured in $\lambda = \log(\sqrt{\bar\alpha}/\sqrt{1-\bar\alpha})$, half the logarithm of the signal-to-noise ratio; with $h$ the length of this step and
+# $r$ the last one's length over it, the paper's formula reads (in its own letters: this $\alpha$ is not DDPM's $1 - \beta$)
 #
 # $$ D = \Big(1 + \tfrac{1}{2r}\Big)\hat x_0 - \tfrac{1}{2r}\,\hat x_0^\text{before}, \qquad x_s = \frac{\sigma_s}{\sigma_t}\,x_t - \alpha_s\,(e^{-h} - 1)\,D, \qquad \alpha = \sqrt{\bar\alpha},\ \sigma = \sqrt{1-\bar\alpha} $$
 
@@ -310,7 +310,7 @@ filmstrip(list(rows.values()), row_labels=list(rows), scale=2,
           alt="Four samples by DDPM, DDIM and DPM-Solver++ with 10, 20 and 50 steps: DDPM changes with every row, the other two draw the same flowers throughout")
 
 # %% [markdown]
-# DDPM with other dice draws other flowers. The two deterministic samplers agree on what the noise means, and get closer to one another with more steps. Who gets
+# DDPM rolls dice on the way, others for each number of steps, and so ends at other flowers. The two deterministic samplers agree on what the noise means, and get closer to one another with more steps. Who gets
 # there first? We take 200 steps of DDIM as the truth and measure how far each is from it: as on the toy problem, the second order pays.
 
 # %%
@@ -321,6 +321,10 @@ for name, sampler in {"ddim": ddim, "dpm_solver": dpm_solver}.items():
     ends = [list(sampler(model, process, x_T, species, steps=steps))[-1].x for steps in counts]
     errors[name] = [float((x - truth.x).pow(2).mean().sqrt()) for x in ends]
 assert errors["dpm_solver"][2] < errors["ddim"][2], "at 20 steps the second order must pay"
+
+# %%
+plot_lines({name: (counts, error) for name, error in errors.items()}, x_label="steps", y_label="distance from the truth", log_x=True, log_y=True, markers=True, size=(720, 260),
+           alt="Root mean square distance from the truth against the number of steps, on log axes: both fall, DPM-Solver++ below DDIM")
 
 
 # %% [markdown]
@@ -360,9 +364,9 @@ filmstrip(walks, row_labels=["arc", "straight line"], column_labels=[f"{w:.2f}" 
 # `sample` is all that in one line, for who only wants pictures. One row a species:
 
 # %%
-labels = torch.arange(6, device=device).repeat_interleave(6)
+labels = torch.arange(6, device=device).repeat_interleave(5)
 pictures = sample(model, process, labels, shape=shape, sampler="dpm_solver", steps=20, seed=8)
-image_grid(pictures.cpu(), columns=6, scale=2, row_labels=classes[:6], alt="Generated flowers, a row for each species")
+image_grid(pictures.cpu(), columns=5, scale=2, row_labels=classes[:6], alt="Generated flowers, a row for each species")
 
 # %% [markdown]
 # And photographs? The network in `models/` has learned from Flowers102. `sample_image` reads it and asks it for a species by name. (The scale belongs to guidance, the next stage; 1 is none.)

@@ -42,14 +42,15 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from noisout_nb.data import load_data, species_labels, to_float
-from noisout_nb.display import Again, Explorer, filmstrip, image_grid, plot_histograms, plot_lines
+from noisout_nb.display import Again, Explorer, Picture, filmstrip, image_grid, plot_histograms, plot_lines, styled
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, ClassifierGuidance, NoisyClassifier
-from noisout_nb.parallel import get_device
+from noisout_nb.parallel import get_device, memory_format
 from noisout_nb.profiles import REPOSITORY, get_profile
 from noisout_nb.sampling import SAMPLERS, dpm_solver, p_mean_variance, sample, sample_image
 from noisout_nb.training import EMA, Batches, discretized_gaussian_log_likelihood, load_model, load_or_train, simple_loss, train, variational_bound_term
@@ -65,7 +66,10 @@ shape = (3, profile.image_size, profile.image_size)
 # %% [markdown]
 # ## Bayes' rule is all of it
 #
-# The network's noise is, up to a factor, a *score*: the direction in which a noisy picture becomes more probable, $\nabla \log p(x_t) = -\epsilon / \sqrt{1 - \bar\alpha_t}$.
+# The network's noise is, up to a factor, a *score*: the direction in which a noisy picture becomes more probable. For one clean picture $x_0$ that is plain to see: $p(x_t \mid x_0)$ is a Gaussian around
+# $\sqrt{\bar\alpha_t}\, x_0$ with the variance $1 - \bar\alpha_t$, so its logarithm has the gradient $-(x_t - \sqrt{\bar\alpha_t}\, x_0) / (1 - \bar\alpha_t) = -\epsilon / \sqrt{1 - \bar\alpha_t}$. Averaged over all $x_0$
+# that $x_t$ may come from, the left side becomes $\nabla \log p(x_t)$, and $\epsilon$ the mean noise, which is what a network trained on squared errors answers: $\nabla \log p(x_t) = -\epsilon(x_t) / \sqrt{1 - \bar\alpha_t}$.
+#
 # We want the score of the pictures *of one species*. Bayes' rule, $p(x_t \mid y) \propto p(x_t)\, p(y \mid x_t)$, becomes a sum when we take logarithms and gradients:
 #
 # $$\nabla \log p(x_t \mid y) = \nabla \log p(x_t) + \nabla \log p(y \mid x_t).$$
@@ -167,20 +171,21 @@ plot_lines({"lower over upper bound": ratio}, x_label="t", y_label="ratio of var
 
 # %% [markdown]
 # Yet these few steps decide about most of a picture's *likelihood*: they say how surprising its finest details are. So let a second half of the output, $f$ in about $-1..1$, interpolate between
-# the logarithms (Nichol & Dhariwal 2021, eq. 15), with $v = (f + 1) / 2$:
+# the logarithms (Nichol & Dhariwal 2021, eq. 15), with $w = (f + 1) / 2$ (the paper's $v$, a name that is taken here by the prediction):
 #
-# $$\Sigma = \exp(v \log \beta_t + (1 - v) \log \tilde\beta_t).$$
+# $$\Sigma = \exp(w \log \beta_t + (1 - w) \log \tilde\beta_t).$$
 
 # %%
 learned = GaussianDiffusion(cosine_beta_schedule(1000), "v", variance="learned").to(device)
 f, t = torch.rand(4, 3, 8, 8, device=device) * 2 - 1, torch.tensor([1, 10, 100, 999], device=device)
-v = (f + 1) / 2
-mine = v * learned.betas[t].log().view(-1, 1, 1, 1) + (1 - v) * learned.posterior_variance[t].log().view(-1, 1, 1, 1)
+w = (f + 1) / 2
+mine = w * learned.betas[t].log().view(-1, 1, 1, 1) + (1 - w) * learned.posterior_variance[t].log().view(-1, 1, 1, 1)
 assert_close(mine, learned.p_log_variance(f, t, f))
 
 # %% [markdown]
-# $L_\text{simple}$ does not see the variance, so it needs a loss of its own: the variational bound, which is the number of bits that the model needs to describe a picture. For $t > 0$ its terms are
-# Kullback-Leibler distances between two Gaussians, which is a formula. PyTorch knows it, too:
+# $L_\text{simple}$ does not see the variance, so it needs a loss of its own: the variational bound. It bounds from above the bits that the model needs to describe a picture, a sum of one
+# term a step (notebook 07 takes it apart): how many bits it costs at $t$ that the network's $p(x_{t-1} \mid x_t)$ is not the true posterior $q(x_{t-1} \mid x_t, x_0)$. For $t > 0$ that is the
+# Kullback-Leibler distance of two Gaussians, which is a formula. PyTorch knows it, too:
 
 # %%
 x_0 = to_float(held_out.images[:4]).to(device)
@@ -247,11 +252,11 @@ def train_on(process):
     weights, channels = model.state_dict(), 6 if process.variance == "learned" else 3
     if channels == 6:  # the new channels start at 0: halfway between the bounds
         weights |= {name: torch.cat([weights[name], 0 * weights[name]]) for name in ("conv_out.weight", "conv_out.bias")}
-    network = UNet(**model.config | {"out_channels": channels}).to(device, memory_format=torch.channels_last)
+    network = UNet(**model.config | {"out_channels": channels}).to(device, memory_format=memory_format(device, profile.autocast))
     network.load_state_dict(weights)
     ema = EMA(network, 0.99)
     batches = Batches(data, profile.batch_size, device=device)
-    for _ in train(network, process, batches, ema, steps=200, learning_rate=2e-3, label_dropout=1 / 3):
+    for _ in train(network, process, batches, ema, steps=200, learning_rate=profile.learning_rate * 2 / 3, label_dropout=1 / 3, autocast=profile.autocast):
         pass
     with ema.applied():
         return copy.deepcopy(network).eval().requires_grad_(False)
@@ -266,7 +271,8 @@ networks = {"fixed variance": (train_on(fixed), fixed), "learned variance": (tra
 
 # %%
 some_t = [0, 1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 130, 190, 270, 370, 500, 650, 800, 950, 999]
-x_0, y = to_float(held_out.images[:48]).to(device), held_out.labels[:48].to(device)
+some = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))  # the photographs are sorted by species
+x_0, y = to_float(held_out.images[some[:48]]).to(device), held_out.labels[some[:48]].to(device)
 
 
 @torch.no_grad()
@@ -301,13 +307,13 @@ network, process = networks["learned variance"]
 # $\sqrt 2$, and the time as scale and shift of a norm instead of a sum. `UNet` has each as an option. What do they cost?
 
 # %%
-base = profile.network | {"attention_resolutions": (), "head_channels": 2 * profile.channels, "scale_shift_norm": False}
+base = profile.network | {"attention_resolutions": (), "head_channels": profile.channels, "scale_shift_norm": False}
 bottom = profile.image_size // profile.patch_size // 2 ** (len(profile.channel_mults) - 1)
 options = {
     "base": {},
     "scale-shift": {"scale_shift_norm": True},
     "attention": {"attention_resolutions": (2 * bottom, bottom)},
-    "narrow heads": {"attention_resolutions": (2 * bottom, bottom), "head_channels": profile.channels},
+    "narrow heads": {"attention_resolutions": (2 * bottom, bottom), "head_channels": profile.channels // 2},
     "up/down": {"resblock_updown": True},
     "rescaled": {"rescale_residual": True},
 }
@@ -350,9 +356,22 @@ def seconds(variant):
 rounds = torch.tensor([[seconds(variant) for variant in variants.values()] for _ in range(8)])
 median = rounds[1:].median(dim=0).values
 
+
+# %%
+@styled
+def bars(values, x_label, alt):
+    figure = Figure(figsize=(7.2, 0.5 + 0.32 * len(values)))
+    axes = figure.add_subplot(xlabel=x_label)
+    axes.bar_label(axes.barh(list(values), list(values.values()), color="#0072B2", height=0.6), fmt="%.2f", padding=4)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.1)
+    return Picture.from_figure(figure, alt)
+
+
 # %% tags=["measurement"]
-plot_lines({"time of a step": median / median[0]}, x_ticks=list(variants), markers=True, y_label="ratio to the base", size=(720, 240),
-           alt="Time of a training step of each variant as a ratio to the base: a little more for attention and residual blocks that go up and down")
+bars(dict(zip(variants, (median / median[0]).tolist())), "time of a training step, relative to the base",
+     "Time of a training step of each variant relative to the base: attention costs most, the more with narrow heads; blocks that go up and down cost something, the others hardly anything")
 
 # %% [markdown]
 # Together and large, this is the paper's network, ADM, for ImageNet at 64 x 64. We build it without giving it memory ("meta"), and count. The paper says 296 million:
@@ -395,7 +414,7 @@ torch.manual_seed(1)
 classifier = train_classifier(NoisyClassifier(process, len(classes), **half).to(device), process, 1000, steps=400, batch_size=64, label_smoothing=0.1)
 
 # %%
-x_0, y = to_float(held_out.images[:256]).to(device), held_out.labels[:256].to(device)
+x_0, y = to_float(held_out.images[some[:256]]).to(device), held_out.labels[some[:256]].to(device)
 grid = list(range(0, 1000, 111))
 
 
@@ -412,10 +431,10 @@ assert accuracies[0] > 2 / len(classes) and (accuracies[0] > accuracies[-1] + 0.
 
 # %%
 plot_lines({"held-out pictures": (grid, accuracies)}, x_label="t", y_label="accuracy", markers=True, size=(720, 260), hlines={"chance": 1 / len(classes)},
-           alt="Accuracy of the classifier against t: nearly 1 up to t = 600, then falling to chance at t = 999")
+           alt="Accuracy of the classifier against t: nearly 1 up to t = 600, then falling to about chance at t = 999")
 
 # %% [markdown]
-# At $t = 999$ there is nothing to see, and the accuracy is chance. Now the gradient $\nabla \log p(y \mid x_t)$, as a picture: what would have to change in noisy flowers at $t = 800$, on the
+# At $t = 999$ there is nothing to see, and the accuracy is that of guessing, give or take a few pictures. Now the gradient $\nabla \log p(y \mid x_t)$, as a picture: what would have to change in noisy flowers at $t = 800$, on the
 # average of 256, to make each species more probable? Red where red must be added, and so on; grey is no change.
 
 # %%
@@ -463,14 +482,14 @@ by_classifier = {f"scale {s}": ClassifierGuidance(network, process, classifier, 
 
 # %%
 filmstrip([draw(wrapper, x_T, six).cpu() for wrapper in list(by_classifier.values())[::2]], row_labels=list(by_classifier)[::2], column_labels=names, scale=3,
-          alt="Six flowers at growing scale of classifier guidance: at 0 random ones, then more and more of the colour and form that was asked for")
+          alt="Six flowers at growing scale of classifier guidance: at 0 patchworks of any kind, then more and more of the colour and form that was asked for")
 
 # %% [markdown]
 # And without a classifier? Bayes' rule again: the network, asked with and without label, holds a classifier's gradient within itself, $\nabla \log p(y \mid x_t) = \nabla \log p(x_t \mid y) - \nabla \log p(x_t)$. Put in:
 #
 # $$\hat\epsilon = \epsilon(x_t) + s\, \big(\epsilon(x_t, y) - \epsilon(x_t)\big).$$
 #
-# At scale 0 it is the network without label, at 1 with label, beyond 1 it goes too far on purpose. (Ho & Salimans' own $w$ is $s - 1$.) The price is a second call of the network; that is why we dropped labels in training.
+# At scale 0 it is the network without label, at 1 with label, beyond 1 it goes too far on purpose. (Ho & Salimans' own $w$ is $s - 1$.) The price is a second call of the network in each step. The network can answer without a label because labels were dropped in training.
 
 # %%
 t, with_label = torch.full((6,), 500, device=device), ClassifierFreeGuidance(network, 3.0)
@@ -485,7 +504,7 @@ classifier_free = {f"scale {s}": ClassifierFreeGuidance(network, float(s)) for s
 
 # %% tags=["cover"]
 filmstrip([draw(wrapper, x_T, six).cpu() for wrapper in list(classifier_free.values())[::2]], row_labels=list(classifier_free)[::2], column_labels=names, scale=3,
-          alt="Six flowers at growing scale of classifier-free guidance: at 0 random ones, at 1 the species, at 4 the same flower in glaring colours")
+          alt="Six flowers at growing scale of classifier-free guidance: at 0 patchworks of any kind, at 1 the species, at 4 the same flower in glaring colours")
 
 
 # %% [markdown]
@@ -554,7 +573,7 @@ plot_lines({f"{name}: best {max(f):.0%}, unguided {f[0]:.0%}": (d, f) for name, 
            markers=True, alt="Fidelity against diversity at six scales of both methods: from low and diverse at scale 0 to high and uniform; classifier-free guidance reaches higher")
 
 # %% [markdown]
-# Both methods trade the one for the other, as the paper's title figure does on ImageNet. At scale 0 each "species" is a mixture of all: too diverse. Classifier-free guidance
+# Both methods trade the one for the other, as the paper's Figure 4 shows for ImageNet. At scale 0 each "species" is a mixture of all, and patchwork between them: too diverse. Classifier-free guidance
 # comes closest to the real pictures' own diversity with every picture recognised; further on its flowers resemble each other more than real ones do, until at the end the glaring colours
 # break them up again.
 #

@@ -274,7 +274,7 @@ stack(*(plot_histograms({"real": known[name], "samples": shown[name]}, x_label=n
       alt="Histograms of size, background, colour and number of petals for real pictures and samples: sizes and backgrounds of the samples vary less than the real ones")
 
 # %% [markdown]
-# (The petals are those of the species that the classifier sees.) All species are there, though some of the cosmos, which has 8 petals, are taken for others. And sizes and backgrounds vary less than they should: two minutes of training taught the network
+# (The petals are those of the species that the classifier sees.) All species are there, though most of the cosmos, which has 8 petals, are taken for others. And sizes and backgrounds vary less than they should: two minutes of training taught the network
 # the typical flower before its extremes. That was invisible in the grid of samples.
 
 # %%
@@ -323,7 +323,7 @@ assert honest < 0.05, "this model copies its training pictures"
 
 # %% [markdown]
 # Does the alarm work? It must go off for a model that has learned its training pictures by heart. Such a model can be written down: for a finite set of pictures $x^{(i)}$, the answer that makes the training loss as small as it can be is
-# $\hat x_0 = \sum_i w_i\, x^{(i)}$, with $w_i \propto \exp\big(-|x_t - \sqrt{\bar\alpha_t}\, x^{(i)}|^2 / (2 (1 - \bar\alpha_t))\big)$. Over-training on 64 pictures leads there in the end, if the network is large enough.
+# $\hat x_0 = \sum_i w_i\, x^{(i)}$, with $w_i \propto \exp\big(-|x_t - \sqrt{\bar\alpha_t}\, x^{(i)}|^2 / (2 (1 - \bar\alpha_t))\big)$. No network can have a smaller training loss on these pictures.
 
 # %%
 class ByHeart(torch.nn.Module):
