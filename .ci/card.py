@@ -3,7 +3,8 @@
     export NOISOUT_PROFILE=flowers32 NOISOUT_DATA=folder
     python .ci/card.py                                  the table: some twenty minutes on two cores
     python .ci/card.py --weights old.pth new.pth        a row for each of these files (each with its .json)
-    python .ci/card.py --samplers                       quality against network calls, 5 to 1,000: an hour more
+    python .ci/card.py --samplers                       quality against network calls, 5 to 1,000: half an hour more
+    python .ci/card.py --samplers --calls 20 --seed 2   how much one point of that plot scatters
     python .ci/card.py --autocast ...                   the samples are drawn in bfloat16: faster where the device has it
 
 The protocol is that of notebook 07: one half of the held-out photographs is the reference, the other one shows what a perfect model could
@@ -76,6 +77,8 @@ def main():
     arguments.add_argument("--weights", type=Path, nargs="+", help="files of weights; by default the profile's")
     arguments.add_argument("--steps", type=int, default=50, help="of DPM-Solver++, for each sample of the table")
     arguments.add_argument("--samplers", action="store_true", help="only the samplers' plot, of the first of the weights")
+    arguments.add_argument("--calls", type=int, nargs="+", default=CALLS, help="the numbers of calls in that plot")
+    arguments.add_argument("--seed", type=int, default=1, help="of the samples")
     arguments.add_argument("--autocast", action="store_true", help="draw the samples in bfloat16, where the device has it")
     options = arguments.parse_args()
     profile, device = get_profile(), get_device()
@@ -101,7 +104,7 @@ def main():
 
     @torch.autocast(device.type, torch.bfloat16, enabled=autocast)
     def drawn(model, count=None, **settings):
-        return sample(model, process, labels[:count], shape=shape, **{"steps": options.steps, "seed": 1} | settings).clamp(-1, 1).cpu()
+        return sample(model, process, labels[:count], shape=shape, **{"steps": options.steps, "seed": options.seed} | settings).clamp(-1, 1).cpu()
 
     def measure(pictures):
         features = extract_features(look, pictures)
@@ -116,16 +119,16 @@ def main():
 
     if options.samplers:
         quality, clock = {name: [] for name in SAMPLERS}, {name: [] for name in SAMPLERS}
-        for steps in CALLS:
+        for steps in options.calls:
             for name in SAMPLERS:
                 start = time.perf_counter()
                 pictures = drawn(model, FEW, sampler=name, steps=steps)
                 clock[name].append((time.perf_counter() - start) / FEW)
                 quality[name].append(frechet_distance(extract_features(look, pictures), reference_features))
-                keep("samplers", {"calls": CALLS, "Fréchet": quality, "seconds": clock, "samples": FEW, "bfloat16": autocast})
+                keep("samplers", {"calls": options.calls, "Fréchet": quality, "seconds": clock, "samples": FEW, "bfloat16": autocast})
         floor = frechet_distance(extract_features(look, real[:FEW]), reference_features)
         keep("samplers", results["samplers"] | {"photographs": floor})
-        plot_lines({name: (CALLS, values) for name, values in quality.items()}, x_label="network calls", y_label="Fréchet distance", log_x=True, log_y=True, markers=True,
+        plot_lines({name: (options.calls, values) for name, values in quality.items()}, x_label="network calls", y_label="Fréchet distance", log_x=True, log_y=True, markers=True,
                    hlines={"photographs": floor}, alt="Fréchet distance against network calls for three samplers").save(profile.runs / "card-samplers.png")  # fmt: skip
         return
 

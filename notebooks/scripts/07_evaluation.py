@@ -384,7 +384,7 @@ stack(
 ).save(profile.runs / "samplers.png")
 
 # %% [markdown]
-# A call costs the same in all three, so both plots look alike. The deterministic two are nearly at their best with five calls; what is missing to the real pictures is the network's fault, and more calls do not mend it. (80 samples each make all distances, the real pictures' too, larger than those above with 256: compare only equal numbers.)
+# A call costs the same in all three, so both plots look alike. The deterministic two are nearly at their best with five calls; what is missing to the real pictures is the network's fault, and more calls do not mend it. (80 samples each make all distances, the real pictures' too, larger than those above with 256: compare only equal numbers.) For the network of photographs, up to a thousand calls, this plot is in the [model card](../models/README.md).
 #
 # And the moving average of stage 4? We compare the beginner with and without it. At the end of a training whose learning rate falls to zero the two are close:
 
