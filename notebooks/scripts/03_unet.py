@@ -250,21 +250,22 @@ for hook in hooks:
 for name, kind, channels, side in trace:
     print(f"{name:16} {kind:17} {channels:4} x {side} x {side}")
 
-
 # %% [markdown]
 # The same as a drawing: down on the left, up on the right, each level half as large as the one above. Dashed are the skip connections: whatever a piece on the way down turns out,
 # the convolution at the entrance included, is kept, and each block on the way up takes one of these off the pile, the last one first.
 
 # %%
+colors = {"residual block": "#56B4E9", "attention": "#CC79A7", "down": "#E69F00", "up": "#009E73", "convolution": "#999999"}
+parts = {"Block": "residual block", "ResBlock": "residual block", "AttentionBlock": "attention", "Downsample": "down", "Upsample": "up", "Conv2d": "convolution"}
+
+
 def draw_unet(trace):
     figure = Figure(figsize=(7.6, 3.7))
     axes = figure.add_axes([0.02, 0.02, 0.96, 0.96])
     sides = sorted({side for *_, side in trace}, reverse=True)
-    colors = {"residual block": "#56B4E9", "attention": "#CC79A7", "down": "#E69F00", "up": "#009E73", "convolution": "#999999"}
-    kinds = dict(zip(("Block", "ResBlock", "AttentionBlock", "Downsample", "Upsample", "Conv2d"), ("residual block", *colors)))
     for column, (name, kind, channels, side) in enumerate(trace):
         y = -sides.index(side) * 1.4
-        axes.bar(column, 0.8, 0.72, y - 0.4, color=colors[kinds[kind.split()[0]]], edgecolor="#333333", linewidth=0.6)
+        axes.bar(column, 0.8, 0.72, y - 0.4, color=colors[parts[kind.split()[0]]], edgecolor="#333333", linewidth=0.6)
         if kind.endswith("+ attention"):
             axes.bar(column, 0.2, 0.72, y - 0.4, color=colors["attention"], edgecolor="#333333", linewidth=0.6)
         axes.text(column, y, channels, ha="center", va="center", fontsize=7)
