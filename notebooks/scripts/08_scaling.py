@@ -136,7 +136,7 @@ with FlopCounterMode(display=False) as forward:
 with FlopCounterMode(display=False) as both:
     step()
 work = both.get_total_flops()
-assert 2.8 < work / forward.get_total_flops() < 3.02  # fused attention computes some of its way forward again
+assert 2.8 < work / forward.get_total_flops() <= (3.02 if profile.attention_resolutions else 3)  # fused attention computes some of its way forward again
 print(f"a step with {profile.batch_size} pictures: {work / 1e9:.0f} GFLOP")
 
 # %% [markdown]
