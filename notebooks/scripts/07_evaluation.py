@@ -242,14 +242,20 @@ for instrument in ("Fréchet", "kernel"):
 precisions = [row["precision"] for row in table.values()]
 assert precisions == sorted(precisions, reverse=True) or profile.dataset == "flowers102"
 
+
 # %% [markdown]
+# The kernel distance of real pictures has the mean 0, so it may fall below 0, where a log axis has no place for its point.
 # (On photographs, see the [model card](../models/README.md), the order of the distances holds as well, but not that of the precisions: among 102 species spread far and wide, nearly any picture lies within reach of some real one. Precision needs thousands of pictures there.)
 
 # %%
-points = lambda key, floor=1e-3: [max(row[key], floor) for row in table.values()]
+def points(key):
+    return [row[key] for row in table.values()]
+
+
+above_zero = [value if value > 0 else float("nan") for value in points("kernel")]
 stack(
-    plot_lines({"Fréchet distance": points("Fréchet"), "kernel distance": points("kernel")}, x_ticks=list(table), markers=True, log_y=True, size=(720, 240)),
-    plot_lines({"precision": points("precision", 0), "recall": points("recall", 0)}, x_ticks=list(table), markers=True, size=(720, 220)),
+    plot_lines({"Fréchet distance": points("Fréchet"), "kernel distance": above_zero}, x_ticks=list(table), markers=True, log_y=True, size=(720, 240)),
+    plot_lines({"precision": points("precision"), "recall": points("recall")}, x_ticks=list(table), markers=True, size=(720, 220)),
     alt="Above, Fréchet and kernel distance on a log axis: rising from real to trained to beginner to noise. Below, precision and recall: falling from real to trained to beginner",
 )
 
@@ -309,13 +315,18 @@ def neighbours(rank):
 # %%
 Explorer(neighbours, rank=widgets.IntSlider(0, 0, len(samples) - 1)) if profile.dataset == "procedural" else None
 
+
 # %% [markdown]
 # How to decide without eyes? A copy is much nearer to one training picture than to any other; a new flower is about as near to several. So we take the distance to the nearest, divided by the mean
 # distance to the next nine, and ask how many samples have less than 99 % of the held-out pictures have. An honest model has about one in a hundred.
 
 # %%
+def ratio(pictures):
+    distances, _ = nearest(pictures.flatten(1), training)
+    return distances[:, 0] / distances[:, 1:].mean(1)
+
+
 real_ones = to_float(held_out.images).flatten(1)
-ratio = lambda pictures: (lambda d: d[:, 0] / d[:, 1:].mean(1))(nearest(pictures.flatten(1), training)[0])
 assert abs(copied_share(real_ones, training, real_ones) - 0.01) < 0.005, "held-out pictures themselves: one in a hundred"
 honest = copied_share(samples.flatten(1), training, real_ones)
 assert honest < 0.05, "this model copies its training pictures"
