@@ -13,6 +13,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from grow import grow
 from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
@@ -241,3 +242,24 @@ def test_a_thousand_steps_in_bfloat16_stay_finite(prediction):
             assert state.x.dtype == state.x_start.dtype == torch.float32
             assert state.x.abs().max() < 10 and state.x_start.abs().max() <= 1  # which NaN fails, too
     assert seen == 1000 * [torch.bfloat16]
+
+
+def network(*mults, **options):
+    return UNet(image_size=32, channels=32, channel_mults=mults, num_res_blocks=1, attention_resolutions=(), **options)
+
+
+def test_a_grown_network_has_the_small_one_inside():
+    small, large = network(1, 2), network(0.5, 1, 2, input_skip=True)
+    fresh = grow(small, large)
+    down = len(large.down) - len(small.down)
+    inside = [(large.time_mlp, small.time_mlp), (large.middle2, small.middle2), (large.down[down + 1 :], small.down[1:]), (large.up[:3], small.up[:3])]
+    for ours, theirs in inside:
+        assert same(ours.state_dict(), theirs.state_dict())
+    assert {name.split(".")[0] for name in fresh} == {"input_skip", "conv_in", "down", "up", "norm_out", "conv_out"}
+    assert len(fresh) < len(small.state_dict())
+
+
+def test_a_network_grows_by_one_level_or_not_at_all():
+    for large in (network(1, 2), network(0.5, 1, 1, 2), network(1, 1, 1)):
+        with pytest.raises(ValueError, match=r"levels of \[32, 64\] and .* channels"):
+            grow(network(1, 2), large)

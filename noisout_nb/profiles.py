@@ -14,7 +14,7 @@ class Profile:
     """One size of the same experiment.
 
     `dataset`: "procedural" or "flowers102". `train_images`: how many flowers to draw (procedural only).
-    The fields from `patch_size` to `dropout` are the UNet's arguments, the next four the GaussianDiffusion's,
+    The fields from `patch_size` to `input_skip` are the UNet's arguments, the next four the GaussianDiffusion's,
     those from `batch_size` on the training's (`autocast`: in bfloat16 where the device calculates with it);
     `guidance_scale` and `sample_steps` are used to draw the final pictures.
     """
@@ -25,10 +25,11 @@ class Profile:
     train_images: int | None
     patch_size: int
     channels: int
-    channel_mults: tuple[int, ...]
+    channel_mults: tuple[float, ...]
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
     dropout: float
+    input_skip: bool = False
     schedule: str = "cosine"
     timesteps: int = 1000
     prediction: str = "v"
@@ -45,7 +46,7 @@ class Profile:
     @property
     def network(self) -> dict:
         """The UNet's arguments; `num_classes` is added where the data set is at hand."""
-        names = ("image_size", "patch_size", "channels", "channel_mults", "num_res_blocks", "attention_resolutions", "dropout")
+        names = ("image_size", "patch_size", "channels", "channel_mults", "num_res_blocks", "attention_resolutions", "dropout", "input_skip")
         return {name: getattr(self, name) for name in names} | {"out_channels": 6 if self.variance == "learned" else 3}
 
     @property
@@ -55,30 +56,25 @@ class Profile:
 
     @property
     def weights(self) -> Path:
-        """Where the trained weights go: those of flowers32 to the repository's models/, others to `runs`."""
-        return REPOSITORY / "models" / "Flowers102_model.pth" if self.name == "flowers32" else self.runs / "model.pth"
+        """Where the trained weights go: those of two profiles to the repository's models/, others to `runs`."""
+        shipped = {"flowers32": "Flowers102_model.pth", "flowers64-folded": "Flowers102_64_model.pth"}
+        return REPOSITORY / "models" / shipped[self.name] if self.name in shipped else self.runs / "model.pth"
 
 
-PROFILES = {
-    profile.name: profile
-    for profile in (
-        Profile(
-            name="quick", dataset="procedural", image_size=32, train_images=2000,
+PROFILES = {profile.name: profile for profile in (
+    Profile(name="quick", dataset="procedural", image_size=32, train_images=2000,
             patch_size=1, channels=16, channel_mults=(1, 2, 4), num_res_blocks=1, attention_resolutions=(), dropout=0.0,
-            batch_size=16, train_steps=750, learning_rate=3e-3, ema_decay=0.99, autocast=False, guidance_scale=1.0, sample_steps=50,
-        ),
-        Profile(
-            name="flowers32", dataset="flowers102", image_size=32, train_images=None,
+            batch_size=16, train_steps=750, learning_rate=3e-3, ema_decay=0.99, autocast=False, guidance_scale=1.0, sample_steps=50),
+    Profile(name="flowers32", dataset="flowers102", image_size=32, train_images=None,
             patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.05,
-            batch_size=32, train_steps=12_000, learning_rate=1e-3, ema_decay=0.9995, guidance_scale=3.0, sample_steps=50,
-        ),
-        Profile(
-            name="flowers64", dataset="flowers102", image_size=64, train_images=None,
+            batch_size=32, train_steps=12_000, learning_rate=1e-3, ema_decay=0.9995, guidance_scale=3.0, sample_steps=50),
+    Profile(name="flowers64-folded", dataset="flowers102", image_size=64, train_images=None,
+            patch_size=2, channels=64, channel_mults=(0.5, 1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.05, input_skip=True,
+            batch_size=32, train_steps=2_800, learning_rate=1e-3, ema_decay=0.999, guidance_scale=3.0, sample_steps=50),
+    Profile(name="flowers64", dataset="flowers102", image_size=64, train_images=None,
             patch_size=1, channels=128, channel_mults=(1, 2, 3, 4), num_res_blocks=2, attention_resolutions=(16, 8), dropout=0.1,
-            batch_size=128, train_steps=50_000, learning_rate=3e-4, ema_decay=0.9999, guidance_scale=2.0, sample_steps=100,
-        ),
-    )
-}  # fmt: skip
+            batch_size=128, train_steps=50_000, learning_rate=3e-4, ema_decay=0.9999, guidance_scale=2.0, sample_steps=100),
+)}  # fmt: skip
 
 
 def get_profile(name: str | None = None) -> Profile:

@@ -297,8 +297,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, Ga
     model = UNet(**card["network"])
     model.load_state_dict(weights)
     profile = card["profile"]
-    betas = SCHEDULES[profile["schedule"]](profile["timesteps"])
-    process = GaussianDiffusion(betas, profile["prediction"], variance=profile.get("variance", "posterior"))
+    process = GaussianDiffusion(SCHEDULES[profile["schedule"]](profile["timesteps"]), profile["prediction"], variance=profile.get("variance", "posterior"))
     return model.to(device).eval(), process.to(device), tuple(card["classes"])
 
 

@@ -135,8 +135,8 @@ class Encoder(nn.Module):
       Any H and W divisible by `size_multiple` will do.
     - `patch_size`: p x p pixels are folded into channels at the door and unfolded at the exit; p = 2 makes the
       network about four times cheaper.
-    - `channels`, `channel_mults`: width of the first level, and of each level in units of it. Every level after
-      the first has half the resolution.
+    - `channels`, `channel_mults`: the unit of width, and the width of each level in these units. Every level after
+      the first has half the resolution. The time is embedded in 4 units.
     - `num_res_blocks`: residual blocks a level (one more on the way up).
     - `attention_resolutions`: sides, in network pixels (image_size / patch_size / 2^level), that get attention, in
       heads of `head_channels`; the bottom level's middle always has it.
@@ -147,7 +147,7 @@ class Encoder(nn.Module):
     The arguments are kept in `config`. Raises ValueError for arguments that do not fit.
     """
 
-    def __init__(self, image_size: int = 32, in_channels: int = 3, channels: int = 64, channel_mults: tuple[int, ...] = (1, 2, 2),
+    def __init__(self, image_size: int = 32, in_channels: int = 3, channels: int = 64, channel_mults: tuple[float, ...] = (1, 2, 2),
                  num_res_blocks: int = 2, attention_resolutions: tuple[int, ...] = (8,), head_channels: int = 32, dropout: float = 0.0, num_classes: int | None = None,
                  patch_size: int = 1, scale_shift_norm: bool = True, resblock_updown: bool = False, rescale_residual: bool = False):  # fmt: skip
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -165,9 +165,9 @@ class Encoder(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + 1, emb_channels)
 
-        self.widths, self.sides = [channels * mult for mult in channel_mults], sides
-        self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
-        self.skip_widths, width = [channels], channels  # of what the way down leaves for the way up
+        self.widths, self.sides = [round(channels * mult) for mult in channel_mults], sides
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, self.widths[0], 3, padding=1)
+        self.skip_widths, width = [self.widths[0]], self.widths[0]  # of what the way down leaves for the way up
         self.down = nn.ModuleList()
         for level, level_width in enumerate(self.widths):
             for _ in range(num_res_blocks):
@@ -245,13 +245,15 @@ class UNet(Encoder):
     `model(x, t, y=None)`: x (B, in_channels, H, W) float, t (B,) int64, y (B,) int64 labels in 0..num_classes-1 or
     None -> (B, out_channels, H, W) float32. With `num_classes`, one more embedding stands for "no label": y None and
     the label `null_label` (= num_classes) mean it. For a learned variance `out_channels` is twice `in_channels`.
+    `input_skip` adds x itself to the answer, its channels mixed by a matrix that depends on t and y: the noise in fine detail, which v
+    asks for, need not squeeze through the layers where pixels are folded (compare c_skip of Karras et al. 2022).
     The other arguments are `Encoder`'s; `UNet(**model.config)` builds the same network again.
     Raises ValueError for sizes, labels or arguments that do not fit.
     """
 
-    def __init__(self, out_channels: int = 3, **encoder):
+    def __init__(self, out_channels: int = 3, input_skip: bool = False, **encoder):
         super().__init__(**encoder)
-        self.config |= {"out_channels": out_channels}
+        self.config |= {"out_channels": out_channels, "input_skip": input_skip}
         skip_widths, width = [*self.skip_widths], self.widths[-1]
         self.up = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(self.widths))):
@@ -262,10 +264,15 @@ class UNet(Encoder):
                 self.up.append(self._resample(width, "up"))
         self.norm_out = group_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, out_channels * self.patch_size**2, 3, padding=1))
+        self.input_skip = zero_init(nn.Linear(4 * self.config["channels"], out_channels * self.in_channels)) if input_skip else None
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         h, skips, emb = self.encode(x, t, y)
         for module in self.up:
             h = module(torch.cat([h, skips.pop()], dim=1) if isinstance(module, Block) else h, emb)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, self.patch_size).float()
+        answer = F.pixel_shuffle(h, self.patch_size).float()
+        if self.input_skip is not None:
+            matrix = self.input_skip(F.silu(emb)).unflatten(1, (-1, self.in_channels))
+            answer = answer + torch.einsum("boi,bihw->bohw", matrix, x)
+        return answer

@@ -364,21 +364,21 @@ filmstrip(walks, row_labels=["arc", "straight line"], column_labels=[f"{w:.2f}" 
 # `sample` is all that in one line, for who only wants pictures. One row a species:
 
 # %%
-labels = torch.arange(6, device=device).repeat_interleave(5)
+labels = torch.arange(6, device=device).repeat_interleave(4)
 pictures = sample(model, process, labels, shape=shape, sampler="dpm_solver", steps=20, seed=8)
-image_grid(pictures.cpu(), columns=5, scale=2, row_labels=classes[:6], alt="Generated flowers, a row for each species")
+image_grid(pictures.cpu(), columns=4, scale=2, row_labels=classes[:6], alt="Generated flowers, a row for each species")
 
 # %% [markdown]
-# And photographs? The network in `models/` has learned from Flowers102. `sample_image` reads it and asks it for a species by name. (The scale belongs to guidance, the next stage; 1 is none.)
+# And photographs? The two networks in `models/` have learned from Flowers102, one at 32 x 32 pixels, the other one at 64 x 64. `sample_image` reads the larger one's weights and asks it for a species by name. (The scale belongs to guidance, the next stage; 1 is none.)
 
 # %%
-sunflowers = sample_image("sunflower", 8, guidance_scale=1, sampler="ddim", steps=50, seed=1)
-image_grid(sunflowers, scale=3, alt="Eight sunflowers that the network drew: dark centres, yellow petals")
+sunflowers = sample_image("sunflower", 4, guidance_scale=1, sampler="ddim", steps=50, seed=1)
+image_grid(sunflowers, columns=4, scale=3, alt="Four sunflowers that the network drew: dark centres, yellow petals")
 
 # %% [markdown]
 # ## Play
 #
-# The reverse film, in your hands. Press play or drag the frame; change the sampler and the number of steps, and the same noise takes another way; new noise, another flower.
+# The reverse film of the smaller network, in your hands. Press play or drag the frame; change the sampler and the number of steps, and the same noise takes another way; new noise, another flower.
 # A film that has not been seen yet is computed first, which the bar shows.
 
 # %%

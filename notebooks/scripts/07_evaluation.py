@@ -459,7 +459,7 @@ noticed = measure(blurred)
 assert noticed["Fréchet"] > table["real"]["Fréchet"]
 
 # %% [markdown]
-# And photographs? These are samples of the network in `models/`, without guidance, the first 24 of their seed. Its table, with the same instruments, is in the [model card](../models/README.md).
+# And photographs? These are samples of the 32 x 32 network in `models/`, without guidance, the first 24 of their seed. Its table, with the same instruments, is in the [model card](../models/README.md).
 
 # %%
 flowers, flower_process, names = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)

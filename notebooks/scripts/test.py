@@ -148,7 +148,7 @@ model, process, classes = load_model(profile.weights, device)
 # more heavily than the network does by itself (scale 1 is none). We draw six species:
 
 # %%
-if len(classes) == 102:  # some whose form 32 pixels can still show
+if len(classes) == 102:  # some whose form few pixels can still show
     names = ["sunflower", "rose", "water lily", "osteospermum", "hibiscus", "passion flower"]
 else:
     names = list(classes)
@@ -175,21 +175,21 @@ results = image_grid(samples, columns=8, row_labels=names, alt="Generated flower
 results
 
 # %% [markdown]
-# The two pictures go to the top of the repository, for the README, if the network has learned from photographs, else to the profile's folder of runs.
+# The two pictures go to the profile's folder of runs. Those of `flowers64-folded`, the network that the README shows, go to the top of the repository.
 
 # %%
-folder = REPOSITORY if profile.dataset == "flowers102" else profile.runs
+folder = REPOSITORY if profile.name == "flowers64-folded" else profile.runs
 for name, picture in {"demo.png": demo, "results.png": results}.items():
     picture.save(folder / name)
 print("saved demo.png and results.png")
 
 # %% [markdown]
-# The repository has the weights of a longer training on photographs, too; `sample_image` takes them where it is told of no others. Two sunflowers, two roses and so on:
+# The repository has the weights of longer trainings on photographs, too; `sample_image` takes those for 64 x 64 pixels where it is told of no others. Two sunflowers, two roses and so on:
 
 # %%
 wanted = ["sunflower", "rose", "water lily", "hibiscus"]
-photographic = sample_image(wanted, 2, sampler="ddim", steps=50, seed=3)
-image_grid(photographic, scale=3, column_labels=[name for name in wanted for _ in range(2)], alt="Generated flowers by a network that learned from photographs: two each of four species")
+photographic = sample_image(2 * wanted, sampler="ddim", steps=50, seed=3)
+image_grid(photographic, columns=4, scale=2, column_labels=wanted, alt="Generated flowers by a network that learned from photographs: two each of four species")
 
 # %% [markdown]
 # ## How good are they?
