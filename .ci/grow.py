@@ -5,6 +5,7 @@
 
 The large network has one level more at the top; all others are as wide as the small one's. What fits is taken over, what does not (the new
 level, and the layers that meet it) starts as usual. The result is the checkpoint of step 1 of a training whose first step changed nothing.
+Given weights of the profile's own network, it starts a new training from all of them.
 """
 
 import re
@@ -24,9 +25,9 @@ from noisout_nb.unet import UNet
 
 
 def grow(small: UNet, large: UNet) -> list[str]:
-    """Copy into `large` what fits of `small`, and name what does not. Raises ValueError unless `large` has one more level on top."""
-    if large.widths[1:] != small.widths:
-        raise ValueError(f"levels of {small.widths} and {large.widths} channels: the second must be the first with one more before them")
+    """Copy into `large` what fits of `small`, and name what does not. Raises ValueError unless `large` has the same levels, or one more on top."""
+    if small.widths not in (large.widths, large.widths[1:]):
+        raise ValueError(f"levels of {small.widths} and {large.widths} channels: the second must be the first, with one more before them or as they are")
     deeper = len(large.down) - len(small.down)  # the way up begins at the bottom, so its blocks keep their numbers
     weights = {re.sub(r"^down\.(\d+)", lambda number: f"down.{int(number[1]) + deeper}", name): value for name, value in small.state_dict().items()}
     places = large.state_dict()

@@ -259,7 +259,9 @@ def test_a_grown_network_has_the_small_one_inside():
     assert len(fresh) < len(small.state_dict())
 
 
-def test_a_network_grows_by_one_level_or_not_at_all():
-    for large in (network(1, 2), network(0.5, 1, 1, 2), network(1, 1, 1)):
+def test_a_network_grows_by_one_level_or_stays_as_it_is():
+    same_size = network(1, 2)
+    assert grow(network(1, 2), same_size) == []
+    for large in (network(1), network(0.5, 1, 1, 2), network(1, 1, 1)):
         with pytest.raises(ValueError, match=r"levels of \[32, 64\] and .* channels"):
             grow(network(1, 2), large)
