@@ -8,6 +8,7 @@ level, and the layers that meet it) starts as usual. The result is the checkpoin
 Given weights of the profile's own network, it starts a new training from all of them.
 """
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -36,16 +37,18 @@ def grow(small: UNet, large: UNet) -> list[str]:
 
 
 def main():
-    profile, device = get_profile(), torch.device("cpu")
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("weights", type=Path, help="a file of weights, with its .json beside it")
+    options, profile = arguments.parse_args(), get_profile()
     checkpoint = profile.runs / "checkpoint.pth"
     if checkpoint.exists():
         sys.exit(f"{checkpoint} is there already: a training would go on from it. Delete it to start anew.")
     data = load_data(profile)
     torch.manual_seed(0)
     model = UNet(**profile.network, num_classes=len(data.classes))
-    fresh = grow(load_model(Path(sys.argv[1]))[0], model)
+    fresh = grow(load_model(options.weights)[0], model)
     print(f"{len(fresh)} of {len(model.state_dict())} tensors start anew")
-    process = GaussianDiffusion(SCHEDULES[profile.schedule](profile.timesteps), profile.prediction, variance=profile.variance).to(device)
+    process = GaussianDiffusion(SCHEDULES[profile.schedule](profile.timesteps), profile.prediction, variance=profile.variance)
     batches, ema = Batches(data, profile.batch_size), EMA(model, profile.ema_decay)
     for step in train(model, process, batches, ema, steps=1, learning_rate=0.0, checkpoint=checkpoint):
         print(f"loss before the training: {step.loss:.3f}")
