@@ -50,6 +50,17 @@ class Features(torch.nn.Module):
         return self.classifier.norm(h).mean((2, 3))
 
 
+@torch.no_grad()
+def noise_left(model, process, x_0, y, t):
+    """Of the noise in the finest details at time t, that which is left in the predicted x_0, as a part of its power (lost details count, too)."""
+    t = torch.full_like(y, t)
+    x_t = process.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(x_0.device))
+    answer, _ = process.split_output(model(x_t, t, y), x_t)
+    before, after = x_t / process.alphas_cumprod[t[0]].sqrt() - x_0, process.predict_start(x_t, t, answer) - x_0
+    power = [(x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)).square().mean().item() for x in (before, after)]
+    return power[1] / power[0]
+
+
 def get_classifier(process, data, profile, device):
     """The classifier, trained at the first call."""
     torch.manual_seed(1)
@@ -104,7 +115,7 @@ def main():
 
     @torch.autocast(device.type, torch.bfloat16, enabled=autocast)
     def drawn(model, count=None, **settings):
-        return sample(model, process, labels[:count], shape=shape, **{"steps": options.steps, "seed": options.seed} | settings).clamp(-1, 1).cpu()
+        return sample(model, process, labels[:count], shape=shape, **{"steps": options.steps, "seed": options.seed, "batch_size": 64} | settings).clamp(-1, 1).cpu()
 
     def measure(pictures):
         features = extract_features(look, pictures)
@@ -138,12 +149,11 @@ def main():
     for path in weights:
         model, process, _ = load_model(path, device)
         samples = drawn(model)
-        keep(path.name, measure(samples))
+        left = {f"noise left at {t}": noise_left(model, process, real[:64].to(device), labels[:64], t) for t in (30, 80)}
+        keep(path.name, measure(samples) | left)
         if path == weights[0]:
             mine = samples
             keep(f"{path.name}, guidance {profile.guidance_scale:g}", measure(drawn(ClassifierFreeGuidance(model, profile.guidance_scale))))
-            prior, terms = bits_per_dim(model, process, real[:32], labels[:32])
-            keep("bits per dimension", prior + terms.sum().item())
 
     training, held = to_float(data.images), to_float(held_out.images)
     pixels = [pictures.flatten(1) for pictures in (mine, training, held)]
@@ -159,6 +169,10 @@ def main():
             image_grid(pairs, columns=10, row_labels=["sample", "nearest"], alt="The ten most suspicious samples, and their nearest training photographs").save(profile.runs / "card-nearest.png")
     plot_histograms(ratios, x_label="distance to the nearest training photograph / mean of the next nine", bins=40,
                     alt="Histograms of the ratio for samples and for held-out photographs").save(profile.runs / "card-copies.png")  # fmt: skip
+
+    model, process, _ = load_model(weights[0], device)  # last, because it takes longest: a thousand calls a picture
+    prior, terms = bits_per_dim(model, process, real[:32], labels[:32])
+    keep("bits per dimension", prior + terms.sum().item())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def grow(small: UNet, large: UNet) -> list[str]:
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("weights", type=Path, help="a file of weights, with its .json beside it")
+    arguments.add_argument("--seed", type=int, default=0, help="of noise and t: where weights are trained a second time, another than the first time")
     options, profile = arguments.parse_args(), get_profile()
     checkpoint = profile.runs / "checkpoint.pth"
     if checkpoint.exists():
@@ -50,7 +51,7 @@ def main():
     print(f"{len(fresh)} of {len(model.state_dict())} tensors start anew")
     process = GaussianDiffusion(SCHEDULES[profile.schedule](profile.timesteps), profile.prediction, variance=profile.variance)
     batches, ema = Batches(data, profile.batch_size), EMA(model, profile.ema_decay)
-    for step in train(model, process, batches, ema, steps=1, learning_rate=0.0, checkpoint=checkpoint):
+    for step in train(model, process, batches, ema, steps=1, learning_rate=0.0, checkpoint=checkpoint, seed=options.seed):
         print(f"loss before the training: {step.loss:.3f}")
 
 

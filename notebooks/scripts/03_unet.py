@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from noisout_nb.data import load_data
 from noisout_nb.display import Explorer, Picture, image_grid, plot_lines, stack
-from noisout_nb.profiles import PROFILES, REPOSITORY, get_profile
+from noisout_nb.profiles import PROFILES, get_profile
 from noisout_nb.sampling import sample
 from noisout_nb.training import load_model
 from noisout_nb.unet import (
@@ -429,7 +429,7 @@ assert_close(rows, columns, atol=1e-4, rtol=1e-3)
 # What does such a network see once it is trained? The repository has two in `models/`, which stages 4 and 5 explain; we let the smaller one draw a sunflower.
 
 # %%
-trained, process, classes = load_model(REPOSITORY / "models" / "Flowers102_model.pth")
+trained, process, classes = load_model(PROFILES["flowers32"].weights)
 sunflower = torch.tensor([classes.index("sunflower")])
 x_0 = sample(trained, process, sunflower, sampler="ddim", steps=50, seed=1)
 

@@ -42,7 +42,7 @@ from noisout_nb.data import factor_distance, load_data, species_labels, to_float
 from noisout_nb.display import Again, Explorer, filmstrip, image_grid, plot_histograms, plot_lines, progress
 from noisout_nb.forward_process import GaussianDiffusion, linear_beta_schedule
 from noisout_nb.parallel import get_device
-from noisout_nb.profiles import REPOSITORY, get_profile
+from noisout_nb.profiles import PROFILES, get_profile
 from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample, sample_image
 from noisout_nb.training import load_model, load_or_train
 
@@ -382,7 +382,7 @@ image_grid(sunflowers, columns=3, scale=3, alt="Three sunflowers that the networ
 # A film that has not been seen yet is computed first, which the bar shows.
 
 # %%
-flowers, flower_process, species_names = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
+flowers, flower_process, species_names = load_model(PROFILES["flowers32"].weights, device)
 sunflower, side = species_labels("sunflower", species_names).to(device), flowers.config["image_size"]
 films = {}
 

@@ -51,7 +51,7 @@ from noisout_nb.display import Again, Explorer, Picture, filmstrip, image_grid, 
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, ClassifierGuidance, NoisyClassifier
 from noisout_nb.parallel import get_device, memory_format
-from noisout_nb.profiles import REPOSITORY, get_profile
+from noisout_nb.profiles import PROFILES, get_profile
 from noisout_nb.sampling import SAMPLERS, dpm_solver, p_mean_variance, sample, sample_image
 from noisout_nb.training import EMA, Batches, discretized_gaussian_log_likelihood, load_model, load_or_train, simple_loss, train, variational_bound_term
 from noisout_nb.unet import ResBlock, UNet
@@ -590,7 +590,7 @@ image_grid(sample_image(2 * wanted, steps=15, seed=4), columns=6, scale=2, colum
 # Your choice, from the smaller network: a species, a scale, and new noise as often as you like. Four flowers take a second or two.
 
 # %%
-flowers, flower_process, species = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
+flowers, flower_process, species = load_model(PROFILES["flowers32"].weights, device)
 side = flowers.config["image_size"]
 
 

@@ -47,7 +47,7 @@ from noisout_nb.evaluation import bits_per_dim, copied_share, extract_features, 
 from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.guidance import ClassifierFreeGuidance, NoisyClassifier
 from noisout_nb.parallel import get_device, memory_format
-from noisout_nb.profiles import REPOSITORY, get_profile
+from noisout_nb.profiles import PROFILES, get_profile
 from noisout_nb.sampling import sample
 from noisout_nb.training import EMA, Batches, load_model, load_or_train, train
 from noisout_nb.unet import UNet
@@ -462,7 +462,7 @@ assert noticed["Fréchet"] > table["real"]["Fréchet"]
 # And photographs? These are samples of the 32 x 32 network in `models/`, without guidance, the first 24 of their seed. Its table, with the same instruments, is in the [model card](../models/README.md).
 
 # %%
-flowers, flower_process, names = load_model(REPOSITORY / "models" / "Flowers102_model.pth", device)
+flowers, flower_process, names = load_model(PROFILES["flowers32"].weights, device)
 pictures = sample(flowers, flower_process, torch.arange(0, 96, 4, device=device), steps=15, seed=1)
 image_grid(pictures.cpu(), columns=12, scale=2, alt="24 generated flowers of 24 species of Flowers102, of many colours and forms")
 
