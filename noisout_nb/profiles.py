@@ -70,7 +70,7 @@ PROFILES = {profile.name: profile for profile in (
             batch_size=32, train_steps=12_000, learning_rate=1e-3, ema_decay=0.9995, guidance_scale=3.0, sample_steps=50),
     Profile(name="flowers64-folded", dataset="flowers102", image_size=64, train_images=None,
             patch_size=2, channels=64, channel_mults=(0.5, 1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.05, input_skip=True,
-            batch_size=32, train_steps=5_000, learning_rate=1e-3, ema_decay=0.999, guidance_scale=3.0, sample_steps=50),
+            batch_size=32, train_steps=5_000, learning_rate=1e-3, ema_decay=0.999, guidance_scale=3.0, sample_steps=20),
     Profile(name="flowers64", dataset="flowers102", image_size=64, train_images=None,
             patch_size=1, channels=128, channel_mults=(1, 2, 3, 4), num_res_blocks=2, attention_resolutions=(16, 8), dropout=0.1,
             batch_size=128, train_steps=50_000, learning_rate=3e-4, ema_decay=0.9999, guidance_scale=2.0, sample_steps=100),
