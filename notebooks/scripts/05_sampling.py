@@ -372,7 +372,7 @@ image_grid(pictures.cpu(), columns=4, scale=2, row_labels=classes[:6], alt="Gene
 # And photographs? The two networks in `models/` have learned from Flowers102, one at 32 x 32 pixels, the other one at 64 x 64. `sample_image` reads the larger one's weights and asks it for a species by name. (And it insists on the species by *guidance*, the subject of the next stage.)
 
 # %%
-sunflowers = sample_image("sunflower", 3, sampler="ddim", steps=50, seed=1)
+sunflowers = sample_image("sunflower", 3, sampler="ddim", steps=20, seed=1)
 image_grid(sunflowers, columns=3, scale=3, alt="Three sunflowers that the network drew: dark centres, yellow petals")
 
 # %% [markdown]

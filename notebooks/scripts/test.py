@@ -188,7 +188,7 @@ print("saved demo.png and results.png")
 
 # %%
 wanted = ["sunflower", "rose", "water lily", "hibiscus"]
-photographic = sample_image(2 * wanted, sampler="ddim", steps=50, seed=3)
+photographic = sample_image(2 * wanted, sampler="ddim", steps=20, seed=3)
 image_grid(photographic, columns=4, scale=2, column_labels=wanted, alt="Generated flowers by a network that learned from photographs: two each of four species")
 
 # %% [markdown]
