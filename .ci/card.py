@@ -56,9 +56,12 @@ def noise_left(model, process, x_0, y, t):
     t = torch.full_like(y, t)
     x_t = process.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(x_0.device))
     answer, _ = process.split_output(model(x_t, t, y), x_t)
+
+    def finest_power(x):
+        return (x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)).square().mean().item()
+
     before, after = x_t / process.alphas_cumprod[t[0]].sqrt() - x_0, process.predict_start(x_t, t, answer) - x_0
-    power = [(x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)).square().mean().item() for x in (before, after)]
-    return power[1] / power[0]
+    return finest_power(after) / finest_power(before)
 
 
 def get_classifier(process, data, profile, device):
