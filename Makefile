@@ -1,35 +1,61 @@
-# Everything that noisOut needs: `make run`, `make test`. Another Python: `make run PYTHON=python3.13`.
+# Everything that noisOut needs: `make run`, `make test`.
+#   Another Python:                         make run PYTHON=python3.13
+#   Linux without a GPU, 5 GB smaller:      make run CPU=1
 PYTHON ?= python3
+WORKERS ?= auto
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
 READY := .venv/.ready
+PY := .venv/bin/python
 
 help:  ## this list
 	@awk -F ':.*## +' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 run: $(READY)  ## the whole path on one page: flowers, network, training, samples (NOISOUT_PROFILE=quick unless set)
-	.venv/bin/python .ci/notebooks.py run test
-
-test: $(READY)  ## execute every notebook and compare its outputs; doctests; the repository's own checks
-	.venv/bin/python -m pytest
-
-browser: $(READY)  ## run every notebook in a headless Chromium and move its widgets (Debian: apt install chromium chromium-driver)
-	.venv/bin/python -m pytest .ci/browser.py -s
+	@$(PY) tools/notebooks.py run test
 
 lab: $(READY)  ## open the notebooks in JupyterLab
-	.venv/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
+	.venv/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
+
+test: $(READY)  ## does everything work here? Executes the notebooks, compares their outputs, runs the tests
+	$(PY) -m pytest -n $(WORKERS)
+
+# --- for contributors: CONTRIBUTING.md ---
+
+check: $(READY)  ## is the repository in order? Layout, lint, types, pairs of script and notebook, links
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -m pytest -q tests/repository.py
+	$(PY) tools/notebooks.py figures
+
+sync: $(READY)  ## scripts -> notebooks; the outputs of unchanged cells are kept (NAME=01_data for one)
+	$(PY) tools/notebooks.py sync $(NAME)
 
 record: $(READY)  ## execute the notebooks from their scripts and store the outputs (NAME=01_data for one)
-	.venv/bin/python .ci/notebooks.py record $(NAME)
+	$(PY) tools/notebooks.py record $(NAME)
 
-check: $(READY)  ## does every notebook agree with its script?
-	.venv/bin/python .ci/notebooks.py check $(NAME)
+browser: $(READY)  ## run every notebook in a headless Chromium and move its widgets (Debian: apt install chromium chromium-driver)
+	$(PY) -m pytest tests/browser.py -s
 
-$(READY): requirements.txt pyproject.toml
+fuzz: $(READY)  ## 10,000 odd calls of the package's functions (minutes)
+	FUZZ_CALLS=10000 $(PY) -m pytest -q tests/test_fuzz.py
+
+mutants: $(READY)  ## plant faults one by one: is each of them noticed? (NAME=word for some)
+	$(PY) tools/mutants.py $(NAME)
+
+address: $(READY)  ## give the repository another address: make address URL=https://github.com/OWNER/NAME
+	$(PY) tools/address.py $(URL)
+
+$(READY): requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "noisOut needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
 	    "If you have a newer one, name it: make PYTHON=python3.13 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -r requirements.txt
-	@.venv/bin/python -c 'import matplotlib.font_manager'  # the font cache takes seconds: build it once, here
+ifdef CPU
+	$(PY) -m pip install $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ]*\).*/\1/p' requirements.txt) --index-url $(CPU_WHEELS)
+endif
+	$(PY) -m pip install -r requirements.txt -c requirements.lock
+	@$(PY) -c 'import matplotlib.font_manager'  # the font cache takes seconds: build it once, here
 	@touch $@
 
-.PHONY: help run test browser lab record check
+.PHONY: help run lab test check sync record browser fuzz mutants address

@@ -1,10 +1,11 @@
-"""Every number that depends on the machine: one frozen dataclass, one table. Notebooks read `profile.image_size`, never a literal."""
+"""The numbers that change with the machine: one frozen dataclass, one table.
+
+Notebooks read `profile.image_size`, never a literal, so the same code runs from a laptop to a GPU.
+"""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -13,83 +14,178 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 class Profile:
     """One size of the same experiment.
 
-    `dataset`: "procedural" or "flowers102". `train_images`: how many flowers to draw (procedural only).
-    The fields from `patch_size` to `input_skip` are the UNet's arguments, the next four the GaussianDiffusion's,
-    those from `batch_size` on the training's (`autocast`: in bfloat16 where the device calculates with it);
-    `guidance_scale` and `sample_steps` are used to draw the final pictures.
+    - `dataset`: "procedural" (the embedded flowers), "flowers102" or "folder" (your own images).
+    - `train_images`: how many embedded flowers the training set has; None for photographs.
+    - From `patch_size` to `dropout`: arguments of the `UNet`, see `network`.
+    - From `schedule` to `variance`: arguments of the `GaussianDiffusion`, see `process`.
+    - From `weighting` to `flip`: the training run. `autocast` runs the network in bfloat16 where
+      the device computes in it natively.
+    - `guidance_scale`, `guidance_interval`, `sampler`, `spacing` and `sample_steps`: how the final
+      images are sampled.
     """
 
     name: str
     dataset: str
     image_size: int
-    train_images: int | None
+    train_images: int | None = None
+
     patch_size: int
     channels: int
     channel_mults: tuple[float, ...]
     num_res_blocks: int
-    attention_resolutions: tuple[int, ...]
-    dropout: float
-    input_skip: bool = False
+    attention_resolutions: tuple[int, ...] = ()
+    dropout: float = 0.0
+
     schedule: str = "cosine"
     timesteps: int = 1000
-    prediction: str = "v"
+    prediction: str = "x0"
     variance: str = "posterior"
+
+    weighting: str = "snr+1"
+    max_weight: float | None = 100.0
     batch_size: int
     train_steps: int
     learning_rate: float
     ema_decay: float
     label_dropout: float = 0.1
     autocast: bool = True
-    guidance_scale: float
-    sample_steps: int
+    flip: bool = True
+
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    sampler: str = "ddim"
+    spacing: str = "uniform"
+    sample_steps: int = 20
 
     @property
     def network(self) -> dict:
-        """The UNet's arguments; `num_classes` is added where the data set is at hand."""
-        names = ("image_size", "patch_size", "channels", "channel_mults", "num_res_blocks", "attention_resolutions", "dropout", "input_skip")
-        return {name: getattr(self, name) for name in names} | {"out_channels": 6 if self.variance == "learned" else 3}
+        """Arguments of the `UNet`; `num_classes` is added once the data set is known."""
+        return {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "channels": self.channels,
+            "channel_mults": self.channel_mults,
+            "num_res_blocks": self.num_res_blocks,
+            "attention_resolutions": self.attention_resolutions,
+            "dropout": self.dropout,
+            "out_channels": 6 if self.variance == "learned" else 3,
+        }
+
+    @property
+    def process(self) -> dict:
+        """Arguments of `GaussianDiffusion.from_config`."""
+        return {
+            "schedule": self.schedule,
+            "timesteps": self.timesteps,
+            "prediction": self.prediction,
+            "variance": self.variance,
+        }
+
+    @property
+    def training(self) -> dict:
+        """Keyword arguments of `train`."""
+        return {
+            "steps": self.train_steps,
+            "learning_rate": self.learning_rate,
+            "label_dropout": self.label_dropout,
+            "weighting": self.weighting,
+            "max_weight": self.max_weight,
+            "autocast": self.autocast,
+        }
 
     @property
     def runs(self) -> Path:
-        """Folder of this profile's checkpoint and pictures, ignored by git."""
+        """Folder of this profile's training state, weights and images; git ignores it.
+
+        It lies in NOISOUT_RUNS where that is set, else in `runs/` of the repository.
+        """
         return Path(os.environ.get("NOISOUT_RUNS") or REPOSITORY / "runs") / self.name
 
     @property
     def weights(self) -> Path:
-        """Where the trained weights go: those of two profiles to the repository's models/, others to `runs`."""
-        shipped = {"flowers32": "Flowers102_model.pth", "flowers64-folded": "Flowers102_64_model.pth"}
-        return REPOSITORY / "models" / shipped[self.name] if self.name in shipped else self.runs / "model.pth"
+        """The file that this profile's training run writes."""
+        return self.runs / "model.pth"
+
+    @property
+    def published(self) -> Path | None:
+        """The file of weights in the repository's `models/`; None where none is shipped."""
+        files = {"procedural": "quick_model.pth", "flowers102": "Flowers102_model.pth"}
+        return REPOSITORY / "models" / files[self.dataset] if self.dataset in files else None
 
 
-PROFILES = {profile.name: profile for profile in (
-    Profile(name="quick", dataset="procedural", image_size=32, train_images=2000,
-            patch_size=1, channels=16, channel_mults=(1, 2, 4), num_res_blocks=1, attention_resolutions=(), dropout=0.0,
-            batch_size=16, train_steps=750, learning_rate=3e-3, ema_decay=0.99, autocast=False, guidance_scale=1.0, sample_steps=50),
-    Profile(name="flowers32", dataset="flowers102", image_size=32, train_images=None,
-            patch_size=2, channels=64, channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.05,
-            batch_size=32, train_steps=12_000, learning_rate=1e-3, ema_decay=0.9995, guidance_scale=3.0, sample_steps=50),
-    Profile(name="flowers64-folded", dataset="flowers102", image_size=64, train_images=None,
-            patch_size=2, channels=64, channel_mults=(0.5, 1, 2, 2), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.05, input_skip=True,
-            batch_size=32, train_steps=5_000, learning_rate=1e-3, ema_decay=0.999, guidance_scale=3.0, sample_steps=20),
-    Profile(name="flowers64", dataset="flowers102", image_size=64, train_images=None,
-            patch_size=1, channels=128, channel_mults=(1, 2, 3, 4), num_res_blocks=2, attention_resolutions=(16, 8), dropout=0.1,
-            batch_size=128, train_steps=50_000, learning_rate=3e-4, ema_decay=0.9999, guidance_scale=2.0, sample_steps=100),
-)}  # fmt: skip
+_QUICK = Profile(
+    name="quick",
+    dataset="procedural",
+    image_size=32,
+    train_images=2000,
+    patch_size=2,
+    channels=32,
+    channel_mults=(1, 2, 2),
+    num_res_blocks=1,
+    batch_size=16,
+    train_steps=1300,
+    learning_rate=2e-3,
+    ema_decay=0.99,
+    autocast=False,
+    flip=False,  # the embedded flowers are lit from the left
+    sample_steps=50,
+)
+_FLOWERS64 = Profile(
+    name="flowers64",
+    dataset="flowers102",
+    image_size=64,
+    patch_size=2,
+    channels=64,
+    channel_mults=(0.5, 1, 2, 2),
+    num_res_blocks=2,
+    attention_resolutions=(8, 4),
+    dropout=0.1,
+    batch_size=32,
+    train_steps=24_000,
+    learning_rate=5e-4,
+    ema_decay=0.999,
+    guidance_scale=3.0,
+    guidance_interval=(0.3, 8.0),
+)
+_FLOWERS64_GPU = replace(
+    _FLOWERS64,
+    name="flowers64-gpu",
+    channels=128,
+    channel_mults=(1, 2, 3),
+    attention_resolutions=(16, 8),
+    dropout=0.2,
+    batch_size=256,
+    train_steps=20_000,
+    learning_rate=4e-4,
+    ema_decay=0.9995,
+)
+_FOLDER = replace(_FLOWERS64, name="folder", dataset="folder", train_steps=4_000)
+
+PROFILES = {profile.name: profile for profile in (_QUICK, _FLOWERS64, _FLOWERS64_GPU, _FOLDER)}
+DATASETS = {
+    "procedural": "embedded flowers",
+    "flowers102": "Flowers102",
+    "folder": "your own images",
+}
 
 
 def get_profile(name: str | None = None) -> Profile:
-    """The named profile; without a name that of NOISOUT_PROFILE, else flowers64 on a CUDA device with 64 GB, else quick.
+    """The named profile; without a name that of NOISOUT_PROFILE, else `quick`.
 
-    Prints what was chosen, why, and how to change it. Raises ValueError for an unknown name.
+    Prints which one it is, why, and how to choose another. Raises ValueError for an unknown name.
     """
-    named = {"asked for by name": name, "set by NOISOUT_PROFILE": os.environ.get("NOISOUT_PROFILE")}
-    large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 64e9
-    by_device = {"there is a large CUDA device": "flowers64"} if large else {"there is no CUDA device of 64 GB": "quick"}
-    reason, name = next((reason, name) for reason, name in (named | by_device).items() if name)
+    if name:
+        reason = "asked for by name"
+    elif name := os.environ.get("NOISOUT_PROFILE"):
+        reason = "set by NOISOUT_PROFILE"
+    else:
+        name, reason = "quick", "the default"
     if name not in PROFILES:
-        raise ValueError(f"unknown profile {name!r} ({reason}): choose one of {', '.join(PROFILES)}")
+        raise ValueError(
+            f"unknown profile {name!r} ({reason}): choose one of {', '.join(PROFILES)}"
+        )
     profile = PROFILES[name]
-    pictures = "embedded flowers" if profile.dataset == "procedural" else "Flowers102"
-    print(f"profile {name!r} ({reason}): {pictures}, {profile.image_size} x {profile.image_size} pixels")
-    print(f"to change it: set NOISOUT_PROFILE to one of {', '.join(PROFILES)} before starting, or call get_profile(name)")
+    size = f"{profile.image_size} x {profile.image_size} pixels"
+    print(f"profile {name!r} ({reason}): {DATASETS[profile.dataset]}, {size}")
+    print(f"for another, set NOISOUT_PROFILE to one of {', '.join(PROFILES)} before you start")
     return profile

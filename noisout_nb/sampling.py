@@ -1,28 +1,34 @@
-"""Stage 5, sampling: from noise to pictures. Every sampler is a generator, so that a film, a widget or a metric can follow.
+"""Stage 5, sampling: from noise to images. Every sampler is a generator that yields each state.
 
-A sampler takes `(model, process, x_T, y=None, ...)`: x_T (B, C, H, W) standard normal, y (B,) labels or None, and
-yields a `State` a step, from the noisiest to t = 0. It visits `steps` of the T times, evenly spaced, the first T-1.
+A sampler takes `(model, process, x_T, y=None, *, steps, spacing, generator)`: x_T float
+(B, C, H, W) of standard normal noise, y int64 (B,) labels or None, both on the process's device,
+and one generator, or one per image, where the sampler is stochastic. It visits `steps` of the T
+timesteps (None: all), chosen by `spacing` as in `GaussianDiffusion.respace`, from T-1 down, and
+yields a `State` per step. The model is called in eval mode, and each of its modules keeps its own
+mode. All samplers raise ValueError at the first step for arguments that do not fit.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .data import species_labels
-from .forward_process import GaussianDiffusion
-from .guidance import ClassifierFreeGuidance
-from .parallel import gather, get_device, rank_and_world, share
-from .profiles import PROFILES
-from .training import load_model
+from .forward_process import GaussianDiffusion, check_choice, check_integer
+from .parallel import gather, share
+from .progress import progress
+from .unet import check_labels, evaluating
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass
 class State:
-    """One step of the reverse process, seen just after it: `t`, the time that the network was asked about;
-    `x`, the less noisy picture that came of it; `x_start`, the clean picture that the network believed in, in [-1, 1].
+    """What one step leaves, all float32 and shaped like x_T.
+
+    `t` is the timestep that the network saw, `x` the less noisy image that came of it, and
+    `x_start` the clean image that it predicted, in [-1, 1].
     """
 
     t: int
@@ -30,126 +36,270 @@ class State:
     x_start: Tensor
 
 
-def ask(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor | None = None, clip: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The network's x_0, clamped to [-1, 1]; the noise that agrees with it; the variance's fraction, if it is learned."""
-    answer, fraction = process.split_output(model(x, process.timestep_map[t], y), x)
-    x_start = process.predict_start(x, t, answer)
-    x_start = x_start.clamp(-1, 1) if clip else x_start
+def predict(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor | None = None,
+    clip: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One call of the network: x_0, the noise that agrees with it, and the variance's fraction.
+
+    x_0 is clamped to [-1, 1] if `clip`. The fraction is None unless the variance is learned. `t`
+    counts the process's own timesteps; the network sees `timestep_map[t]`.
+    """
+    with evaluating(model):
+        output = model(x, process.timestep_map[t], y)
+    output, fraction = process.split_output(output, x)
+    x_start = process.predict_start(x, t, output)
+    if clip:
+        x_start = x_start.clamp(-1, 1)
     return x_start, process.predict_noise_from_start(x, t, x_start), fraction
 
 
-def p_mean_variance(model: nn.Module, process: GaussianDiffusion, x: Tensor, t: Tensor, y: Tensor | None = None, clip: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of p(x_{t-1} | x_t), and the predicted x_0: the posterior of eq. 7 with the network's x_0.
+def p_mean_variance(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor | None = None,
+    clip: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of p(x_{t-1} | x_t), and the predicted x_0.
 
-    The variance is the posterior's, eq. 7, (B, 1, ..., 1) and 0 at t = 0, or the learned one, shaped like x. Without `clip`
-    the mean is that of eq. 11.
+    It is the posterior of Ho et al. 2020, eq. 7, with the network's x_0 in place of the true one;
+    without `clip` the mean is that of eq. 11. The variance is the posterior's, (B, 1, ..., 1) and 0
+    at t = 0, or the learned one, shaped like x.
     """
-    x_start, _, fraction = ask(model, process, x, t, y, clip)
+    x_start, _, fraction = predict(model, process, x, t, y, clip)
     mean, variance = process.q_posterior_mean_variance(x_start, x, t)
     if fraction is not None:
         variance = process.p_log_variance(x, t, fraction).exp()
     return mean, variance, x_start
 
 
-def _visit(model: nn.Module, process: GaussianDiffusion, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The process's times from the last to 0, as int and as int64 (B,), with the model in eval mode meanwhile."""
-    was_training = model.training
-    model.eval()
-    try:
-        for i in reversed(range(process.timesteps)):
-            yield i, torch.full((len(x),), i, device=x.device)
-    finally:
-        model.train(was_training)
-
-
 @torch.no_grad()
-def ddpm(model: nn.Module, process: GaussianDiffusion, x_T: Tensor, y: Tensor | None = None, *,
-         steps: int | None = None, generator: torch.Generator | None = None) -> Iterator[State]:  # fmt: skip
-    """Algorithm 2 of Ho et al. 2020, with the process's variance; all T steps unless `steps` says fewer."""
-    process, x = process.respace(steps or process.timesteps), x_T
-    for i, t in _visit(model, process, x):
+def ddpm(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    x_T: Tensor,
+    y: Tensor | None = None,
+    *,
+    steps: int | None = None,
+    spacing: str = "uniform",
+    generator: Generators = None,
+) -> Iterator[State]:
+    """Algorithm 2 of Ho et al. 2020: stochastic, with the process's variance."""
+    process, x = _start(process, x_T, y, steps, spacing)
+    for i, t in _timesteps(process, x):
         mean, variance, x_start = p_mean_variance(model, process, x, t, y)
         x = mean
         if i > 0:  # the last step adds no noise
-            x = mean + variance.sqrt() * torch.randn(x.shape, generator=generator, device=x.device)
+            x = mean + variance.sqrt() * _randn(x, generator)
         yield State(int(process.timestep_map[i]), x, x_start)
 
 
 @torch.no_grad()
-def ddim(model: nn.Module, process: GaussianDiffusion, x_T: Tensor, y: Tensor | None = None, *,
-         steps: int = 50, eta: float = 0.0, generator: torch.Generator | None = None) -> Iterator[State]:  # fmt: skip
-    """Song et al. 2021, eq. 12: deterministic for eta = 0; eta = 1 is `ddpm` (their eq. 16)."""
-    process, x = process.respace(steps), x_T
-    for i, t in _visit(model, process, x):
-        x_start, noise, _ = ask(model, process, x, t, y)
-        alpha_bar_prev = process.alphas_cumprod_prev[i]
-        sigma = eta * process.posterior_variance[i].sqrt()
-        x = alpha_bar_prev.sqrt() * x_start + (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * noise
-        if eta > 0 and i > 0:
-            x = x + sigma * torch.randn(x.shape, generator=generator, device=x.device)
-        yield State(int(process.timestep_map[i]), x, x_start)
+def ddim(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    x_T: Tensor,
+    y: Tensor | None = None,
+    *,
+    steps: int | None = 50,
+    spacing: str = "uniform",
+    eta: float = 0.0,
+    generator: Generators = None,
+) -> Iterator[State]:
+    """Song et al. 2021, eq. 12: deterministic for eta = 0; eta = 1 is `ddpm` (their eq. 16).
 
-
-@torch.no_grad()
-def dpm_solver(model: nn.Module, process: GaussianDiffusion, x_T: Tensor, y: Tensor | None = None, *,
-               steps: int = 20, generator: torch.Generator | None = None) -> Iterator[State]:  # fmt: skip
-    """DPM-Solver++(2M) of Lu et al. 2022, Algorithm 2: deterministic (no use for the generator), second order, one network call a step.
-
-    It is DDIM with a better x_0: over lambda = log sqrt(alpha_bar / (1 - alpha_bar)) the last two predicted x_0 are
-    drawn on in a straight line to the middle of the step. The first and the last step are plain DDIM.
+    With eta = 0 it is Euler's method on the probability-flow ODE d(x / alpha) = eps d(sigma), with
+    alpha = sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar): first order.
     """
-    process, x = process.respace(steps), x_T
-    alpha_bar = process.exact_alphas_cumprod
-    lambdas = (0.5 * (alpha_bar / (1 - alpha_bar)).log()).tolist()
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: it must lie in 0..1, from deterministic to DDPM's noise")
+    process, x = _start(process, x_T, y, steps, spacing)
+    for i, t in _timesteps(process, x):
+        x_start, noise, _ = predict(model, process, x, t, y)
+        variance = eta**2 * process.posterior_variance[i]
+        alpha_bar = process.alphas_cumprod_prev[i]
+        x = alpha_bar.sqrt() * x_start + (1 - alpha_bar - variance).clamp(min=0).sqrt() * noise
+        if eta > 0 and i > 0:
+            x = x + variance.sqrt() * _randn(x, generator)
+        yield State(int(process.timestep_map[i]), x, x_start)
+
+
+@torch.no_grad()
+def dpm_solver(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    x_T: Tensor,
+    y: Tensor | None = None,
+    *,
+    steps: int | None = 20,
+    spacing: str = "uniform",
+    generator: Generators = None,
+) -> Iterator[State]:
+    """DPM-Solver++(2M), Algorithm 2 of Lu et al. 2022: deterministic, second order.
+
+    It is DDIM with a better x_0: over lambda = log sqrt(alpha_bar / (1 - alpha_bar)) the last two
+    predicted x_0 are extrapolated along a line to the middle of the step. The first step, which
+    has no predecessor, and the last one, where lambda is infinite, are DDIM's. `generator` is not
+    used.
+    """
+    process, x = _start(process, x_T, y, steps, spacing)
+    lambdas = (-process.sigmas.double().log()).tolist()
     previous = None
-    for i, t in _visit(model, process, x):
-        x_start, noise, _ = ask(model, process, x, t, y)
+    for i, t in _timesteps(process, x):
+        x_start, noise, _ = predict(model, process, x, t, y)
         target = x_start
         if previous is not None and i > 0:
-            target = x_start + (x_start - previous) * (lambdas[i - 1] - lambdas[i]) / (2 * (lambdas[i] - lambdas[i + 1]))
+            ratio = (lambdas[i - 1] - lambdas[i]) / (lambdas[i] - lambdas[i + 1])
+            target = x_start + ratio / 2 * (x_start - previous)
             noise = process.predict_noise_from_start(x, t, target)
-        alpha_bar_prev = process.alphas_cumprod_prev[i]
-        x = alpha_bar_prev.sqrt() * target + (1 - alpha_bar_prev).sqrt() * noise
+        alpha_bar = process.alphas_cumprod_prev[i]
+        x = alpha_bar.sqrt() * target + (1 - alpha_bar).sqrt() * noise
         previous = x_start
         yield State(int(process.timestep_map[i]), x, x_start)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver}
+@torch.no_grad()
+def heun(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    x_T: Tensor,
+    y: Tensor | None = None,
+    *,
+    steps: int | None = 20,
+    spacing: str = "uniform",
+    generator: Generators = None,
+) -> Iterator[State]:
+    """Heun's method on the probability-flow ODE, Algorithm 1 of Karras et al. 2022: second order.
 
-
-def sample(model: nn.Module, process: GaussianDiffusion, y: Tensor | None = None, *, shape: tuple[int, int, int] = (3, 32, 32),
-                 count: int = 1, sampler: str = "dpm_solver", steps: int = 20, seed: int = 0, batch_size: int = 512) -> Tensor:  # fmt: skip
-    """Pictures that the reverse process draws out of noise: float32 (count, *shape) in [-1, 1], on the process's device.
-
-    `y`: int64 (count,) labels, which then set the count, or None. `model` may be a guidance wrapper. The same seed
-    gives the same pictures. `batch_size` of them at a time, which bounds the memory. Under torchrun the processes share out the work, and each gets all pictures.
-    Raises ValueError for an unknown sampler.
+    A DDIM step, then a second call of the network at its end: the step is taken again with the mean
+    of both noises. The last step, to sigma = 0, is DDIM's alone, and so is the first one, whose
+    sigma falls from up to 20,000: 2 steps - 2 calls in all. `generator` is not used.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a GPU starts from the same noise
-    count = count if y is None else len(y)
-    x_T = torch.randn(count, *shape, generator=generator).to(process.betas.device)
-    dice = torch.Generator(x_T.device).manual_seed(1_000_003 * (1 + rank_and_world()[0]) + seed)  # other dice in each process
-    noises, drawn = share(x_T).split(batch_size), []
-    labels = [None] * len(noises) if y is None else share(y).split(batch_size)
-    for noise, label in zip(noises, labels):
-        for state in SAMPLERS[sampler](model, process, noise, label, steps=steps, generator=dice):
-            pass
-        drawn.append(state.x)
-    return gather(torch.cat(drawn), count)
+    process, x = _start(process, x_T, y, steps, spacing)
+    for i, t in _timesteps(process, x):
+        x_start, noise, _ = predict(model, process, x, t, y)
+        alpha_bar = process.alphas_cumprod_prev[i]
+        start = x
+        x = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
+        if 0 < i < process.timesteps - 1:
+            _, noise_at_end, _ = predict(model, process, x, t - 1, y)
+            slope = (noise + noise_at_end) / 2
+            step = process.sigmas[i - 1] - process.sigmas[i]
+            x = alpha_bar.sqrt() * (start / process.sqrt_alphas_cumprod[i] + step * slope)
+        yield State(int(process.timestep_map[i]), x, x_start)
 
 
-def sample_image(species: str | Sequence[str], count: int = 1, *, guidance_scale: float = 3.0, weights: str | Path = PROFILES["flowers64-folded"].weights, **options) -> Tensor:
-    """Flowers by name, drawn by the trained network of `weights`, 64 x 64 pixels by default: float32 (N, 3, H, W) in [-1, 1] on the CPU.
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver, "heun": heun}
 
-    `count` of each of the species, one after the other. `options` are those of `sample`: sampler, steps, seed. Raises
-    ValueError for an unknown species, and what `load_model` raises.
 
-    >>> sample_image(["sunflower", "rose"], 2, steps=2).shape
-    torch.Size([4, 3, 64, 64])
+def sample(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    y: Tensor | None = None,
+    *,
+    shape: tuple[int, int, int] = (3, 32, 32),
+    count: int = 1,
+    sampler: str = "dpm_solver",
+    steps: int | None = 20,
+    spacing: str = "uniform",
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Tensor:
+    """Images sampled from noise: float32 (count, *shape) in [-1, 1], on the process's device.
+
+    `y`: int64 (count,) labels, which then set the count, or None. `model` may be a guidance
+    wrapper. Image i of a seed depends on the seed, i, its label and the settings only, not on
+    `count` or `batch_size`, which bounds the memory. Under torchrun the processes share the work,
+    and each gets all images. Raises ValueError for arguments that do not fit.
     """
-    model, process, classes = load_model(weights, get_device())
-    y = species_labels(species, classes).repeat_interleave(count).to(process.betas.device)
-    shape = (3, model.config["image_size"], model.config["image_size"])
-    return sample(ClassifierFreeGuidance(model, guidance_scale), process, y, shape=shape, **options).cpu()
+    check_choice("sampler", sampler, tuple(SAMPLERS))
+    batch_size = check_integer("batch_size", batch_size, 1)
+    seed = check_integer("seed", seed)
+    device = process.betas.device
+    if y is not None:
+        _check_labels(model, y)
+        count = len(y)
+        y = y.to(device)
+    count = check_integer("count", count, 1)
+    mine = share(torch.arange(count))
+    starts = range(0, len(mine), batch_size)
+    images = [torch.empty(0, *shape, device=device)]  # all that a process without a share has
+    for start in progress(starts, description="samples") if len(starts) > 1 else starts:
+        batch = mine[start : start + batch_size]
+        generators = [image_generator(seed, i) for i in batch.tolist()]
+        x_T = torch.stack([torch.randn(*shape, generator=g) for g in generators]).to(device)
+        labels = None if y is None else y[batch.to(device)]
+        states = SAMPLERS[sampler](
+            model, process, x_T, labels, steps=steps, spacing=spacing, generator=generators
+        )
+        [last] = deque(states, maxlen=1)
+        images.append(last.x)
+    return gather(torch.cat(images), count)
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The random numbers of image `index` of a seed, the same in every batch (as in EDM's code).
+
+    PyTorch's CPU generator uses 32 bits of its seed. Strides of 2^32 / 1.618 keep the images of
+    different seeds far apart, whatever the seeds are.
+    """
+    return torch.Generator().manual_seed((2_654_435_769 * seed + index) % 2**32)
+
+
+def _start(
+    process: GaussianDiffusion, x_T: Tensor, y: Tensor | None, steps: int | None, spacing: str
+) -> tuple[GaussianDiffusion, Tensor]:
+    """The respaced process and the first x, once all that a sampler is given has been checked."""
+    given = {"x_T": x_T} if y is None else {"x_T": x_T, "y": y}
+    for name, value in given.items():
+        _check_tensor(name, value)
+        if value.device != process.betas.device:
+            raise ValueError(
+                f"{name} is on {value.device}, the process on {process.betas.device}: move {name} "
+                "there with .to(process.betas.device)"
+            )
+    if x_T.ndim != 4 or len(x_T) == 0 or not x_T.is_floating_point():
+        raise ValueError(
+            f"x_T is {x_T.dtype} of shape {tuple(x_T.shape)}: it must be float (B, C, H, W) noise "
+            "for at least one image"
+        )
+    steps = process.timesteps if steps is None else steps
+    return process.respace(steps, spacing), x_T.float()
+
+
+def _timesteps(process: GaussianDiffusion, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The process's timesteps from the last to 0, as int and as int64 (B,)."""
+    for i in reversed(range(process.timesteps)):
+        yield i, torch.full((len(x),), i, device=x.device)
+
+
+def _randn(x: Tensor, generator: Generators) -> Tensor:
+    """Standard normal numbers shaped like x, drawn where the generators live."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = x.device if generator is None else generator.device
+        return torch.randn(x.shape, generator=generator, device=device).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for {len(x)} images: give one per image")
+    rows = [torch.randn(x.shape[1:], generator=g, device=g.device) for g in generator]
+    return torch.stack(rows).to(x.device)
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise ValueError(
+            f"{name} is a {kind}: it must be a tensor, such as torch.as_tensor({name})"
+        )
+
+
+def _check_labels(model: nn.Module, y: Tensor) -> None:
+    """Checks labels before they go to a GPU, which could only stop with an error of its own."""
+    _check_tensor("y", y)
+    classes = getattr(model, "num_classes", None)
+    check_labels(y.cpu(), y.numel(), classes)
