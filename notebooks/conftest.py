@@ -1,6 +1,8 @@
-"""pytest reads this before it starts a kernel: the notebooks are tested in the environment that recorded them."""
+"""pytest reads this before it starts a kernel: notebooks are tested as tools/suite.py says."""
 
-from notebooks import fix_environment  # .ci/notebooks.py
+# --doctest-modules would import the scripts, that is, run every notebook a second time
+collect_ignore_glob = ["scripts/*"]
 
-fix_environment()
-collect_ignore_glob = ["scripts/*"]  # --doctest-modules would import them, that is, run every notebook a second time
+
+def pytest_configure(config):
+    config.pluginmanager.import_plugin("suite")

@@ -16,12 +16,14 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/01_data.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/01_data.ipynb)
 #
-# **What you'll do**: look at the pictures that the whole series is about, and bring them into the form that diffusion works on.
+# **What you'll do**: look at the images that the series learns from, and bring them, or images of
+# your own, into the form that diffusion works on.
 #
-# **What you'll learn**: why values lie in $[-1, 1]$, what resizing and cropping can do wrong, why part of the data is locked away, and
-# how one can *measure* whether two sets of pictures come from the same distribution.
+# **What you'll learn**: why values lie in $[-1, 1]$, what resizing can spoil, why some images are
+# held out, and how to *measure* whether two sets of images come from the same distribution.
 #
-# **What you need**: some PyTorch. Half a minute on a laptop; nothing is downloaded unless you ask for it.
+# **What you need**: some PyTorch. Half a minute on a laptop; nothing is downloaded unless you ask
+# for it.
 
 # %%
 import sys
@@ -29,226 +31,380 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    subprocess.run(
+        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+        shell=True,
+        check=True,
+    )
     sys.path.insert(0, "noisOut")
 
 # %%
+
 import torch
 import torch.nn.functional as F
-from torch.testing import assert_close
+from matplotlib.colors import to_rgb
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from noisout_nb.data import (
-    ProceduralFlowers, factor_distance, load_data, measure_factors, resize_and_crop, to_float, to_uint8,
-)  # fmt: skip
-from noisout_nb.display import image_grid, plot_histograms, plot_lines
-from noisout_nb.profiles import get_profile
-from noisout_nb.training import Batches
+    FolderImages,
+    ProceduralFlowers,
+    load_data,
+    resize_and_crop,
+    to_float,
+    to_uint8,
+)
+from noisout_nb.evaluation import factor_distance, measure_factors
+from noisout_nb.exercises import check
+from noisout_nb.figures import image_grid, plot_bars, plot_histograms, plot_points
+from noisout_nb.flowers import paint
+from noisout_nb.profiles import DATASETS, get_profile
 
-torch.manual_seed(0)
 profile = get_profile()
 
 # %% [markdown]
-# The line above says which *profile* was chosen. A profile is the one place for every number that depends on the machine: which data, how large
-# the pictures, how long to train. These notebooks never contain such a number themselves, so they run on a laptop and on a GPU alike.
-
-# %% [markdown]
-# ## Two gardens
+# A *profile* is the one place for all numbers that depend on your machine: which data, how large
+# the images, how long to train. The same notebooks run on a laptop and on a GPU.
 #
-# The series trains on one of two data sets. **Oxford Flowers102** holds 8,189 photographs of 102 species; it downloads itself when a profile asks for it. The
-# **embedded flowers** need no download: they are drawn by formula. Here are some, a row for each species.
+# ## The embedded flowers
+#
+# Small flowers, computed by a formula: six species, no download, learnable in two minutes on a CPU.
 
 # %%
 garden = ProceduralFlowers(size=32, count=600, seed=0)
-rows = torch.cat([(garden.labels == label).nonzero()[:8, 0] for label in range(len(garden.classes))])
-image_grid(garden.images[rows], columns=8, row_labels=garden.classes, alt="Embedded flowers at 32 pixels, eight of each of six species, from white daisies to violet starflowers")
+rows = [(garden.labels == label).nonzero()[:5, 0] for label in range(len(garden.classes))]
+alt = "Embedded flowers, five of each species, from white daisies to violet starflowers"
+flowers = garden.images[torch.cat(rows)]
+image_grid(flowers, columns=5, scale=2, row_labels=garden.classes, alt=alt)
 
 # %% [markdown]
-# They are made to be learned in two minutes on two CPU cores. And they teach something that photographs cannot: each is drawn from *known factors*, so later
-# we can measure whether a network has learned the right distribution. The same formula draws any size:
+# The formula knows no pixels, so it gives any size. At 128 pixels:
 
 # %% tags=["cover"]
 large = ProceduralFlowers(size=128, count=12, seed=5)
-image_grid(large.images, columns=6, scale=1, alt="Twelve embedded flowers at 128 pixels, with shaded petals, centres and soft backgrounds")
+alt = "Eight embedded flowers at 128 pixels, with shaded petals and soft backgrounds"
+image_grid(large.images[:8], columns=4, scale=1, alt=alt)
 
 # %% [markdown]
-# The factors of the first three flowers:
+# Behind each flower are numbers, its *factors*. We take one flower and change one factor at a time:
 
 # %%
-for name, values in garden.factors.items():
-    print(f"{name:17}", *[f"{value:6.2f}" for value in values[:3]])
-
-# %% [markdown]
-# The seed decides: the same seed gives the same flowers, another seed gives others of the same kind.
+shown = ["radius", "petals", "hue", "tilt", "background_value"]
+flower = {name: values[7:8].repeat(5) for name, values in large.factors.items()}
+rows = []
+for name in shown:
+    values = large.factors[name]
+    steps = torch.linspace(float(values.min()), float(values.max()), 5)
+    steps = steps.round() if name == "petals" else steps
+    rows.append(paint(64, large.labels[7:8].repeat(5), flower | {name: steps}))
 
 # %%
-assert torch.equal(ProceduralFlowers(size=32, count=20, seed=1).images, ProceduralFlowers(size=32, count=20, seed=1).images)
-assert not torch.equal(ProceduralFlowers(size=32, count=20, seed=1).images, ProceduralFlowers(size=32, count=20, seed=2).images)
+alt = "One flower five times: larger, with more petals, in other hues, tilted, before light"
+image_grid(torch.cat(rows), columns=5, scale=1, row_labels=shown, alt=alt)
 
 # %% [markdown]
-# ## One item
+# This is what photographs cannot offer. Since we know the true distribution of the factors, we can
+# measure later whether a network has learned it.
 #
-# Both data sets behave as torchvision's do: `data[i]` is a picture and its label. Inside, pictures are kept as `uint8`, decoded once, so that no epoch decodes a
-# JPEG again; floats would take four times the memory.
+# ## The photographs
+#
+# For real flowers there is **Oxford Flowers102**: 8,189 photographs of 102 species, which
+# `load_data` downloads (345 MB) if the profile asks for them. The same cell shows whichever data
+# the profile names. The photographs belong to their photographers, so the stored outputs of this
+# series show embedded and generated flowers only; run it with `NOISOUT_PROFILE=flowers64` to see
+# them here.
 
 # %%
 data = load_data(profile)
+print(f"{DATASETS[profile.dataset]}: {len(data):,} images of {len(data.classes)} classes")
+image_grid(data.images[:16], alt=f"The first sixteen training images: {DATASETS[profile.dataset]}")
+
+# %% [markdown]
+# Either way, `data[i]` is an image and its label. Images are decoded once and kept as `uint8`, a
+# quarter of the memory that floats take.
+
+# %%
 image, label = data[0]
-print(f"{len(data):,} pictures; stored as {data.images.dtype}, given as {image.dtype} of shape {tuple(image.shape)}; this one is a {data.classes[label]}")
+print(f"stored: {data.images.dtype}, {data.images.nbytes / 1e6:.1f} MB for all")
+print(f"given:  {image.dtype}, shape {tuple(image.shape)}, a {data.classes[label]}")
 
 
 # %% [markdown]
-# Diffusion adds Gaussian noise, which knows neither 0 nor 255: it is centred on zero with spread one. So the pictures are centred, too, on $[-1, 1]$:
+# ## From pixels to $[-1, 1]$
+#
+# Diffusion mixes images with Gaussian noise, which is centred on 0 and spread over about 1. So are
+# the images, once their 256 levels are mapped to $[-1, 1]$:
 
 # %%
 def my_to_float(pixels):
     return pixels / 255 * 2 - 1
 
 
-every_value = torch.arange(256, dtype=torch.uint8)
-assert_close(my_to_float(every_value), to_float(every_value))
-
-# %% [markdown]
-# On the way back, values must be *rounded*. A plain cast cuts off, which makes every generated picture darker by half a level on average, and
-# a value that arithmetic has moved down by a hair falls a full level:
+levels = torch.tensor([0, 64, 128, 255], dtype=torch.uint8)
+torch.testing.assert_close(my_to_float(levels), to_float(levels))
+print(*[f"{float(value):+.3f}" for value in my_to_float(levels)])
 
 # %%
-assert torch.equal(to_uint8(to_float(every_value)), every_value)
-a_hair_less = to_float(every_value) - 1e-6
-cut_off = ((a_hair_less + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-print("levels that a plain cast gets wrong:", "most" if (cut_off != every_value).sum() > 128 else "few", "of 256; rounding:", int((to_uint8(a_hair_less) != every_value).sum()))
+grid = torch.linspace(-3, 3, 121)
+normal = (-(grid**2) / 2).exp() / (2 * torch.pi) ** 0.5
+pixels, bell = to_float(data.images[:200]), {"standard normal noise": (grid, normal)}
+alt = "Pixel values lie between -1 and 1, most of them dark; the noise's bell is wider"
+plot_histograms({"pixels": pixels}, curves=bell, x_label="value", size=(720, 260), alt=alt)
 
 # %% [markdown]
-# ## To one size
+# On the way back, values must be *rounded*. A cast to `uint8` truncates, which makes every
+# generated image darker. In grey levels, on average:
+
+# %%
+exact = 255 * torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+rounded = to_uint8(exact / 127.5 - 1).float()
+print(f"a cast is off by {(exact - exact.to(torch.uint8)).mean():.1f} levels")
+print(f"rounding is off by {(exact - rounded).mean().abs():.1f} levels")
+
+# %% [markdown]
+# ## One size for all
 #
-# Photographs come in all shapes; a batch needs one. Three ways to do it, on a flower in a wide picture:
+# Photographs come in all shapes, a batch has one. Two ways to bring a wide image to a
+# square: squash it, or resize the short side and crop the centre.
 
 # %%
-wide = F.pad(large.images[3].float(), (64, 64, 0, 0), mode="replicate").to(torch.uint8)
-squashed = F.interpolate(wide[None].float(), (32, 32), mode="bilinear", antialias=True)[0].to(torch.uint8)
-aliased = F.interpolate(wide[None, :, :, 64:-64].float(), (32, 32), mode="nearest")[0].to(torch.uint8)
-cropped = resize_and_crop(wide, 32)
-
-# %%
-image_grid([squashed, aliased, cropped], columns=3, scale=6, column_labels=["squashed", "cropped, no antialiasing", "cropped, antialiased"],
-           alt="The same flower three times: squashed to half its width; cropped with jagged edges; cropped and smooth")
+wide = ProceduralFlowers(size=256, count=4, seed=5).images[3].float()
+wide = F.pad(wide[None], (128, 128, 0, 0), mode="replicate")
+squashed = F.interpolate(wide, (64, 64), mode="bilinear", antialias=True)[0].to(torch.uint8)
+cropped = resize_and_crop(wide[0].to(torch.uint8), 64)
+alt = "A flower squashed to half its width, and the same flower cropped in its true shape"
+image_grid([squashed, cropped], columns=2, scale=2, column_labels=["squashed", "cropped"], alt=alt)
 
 # %% [markdown]
-# A network that is shown squashed flowers draws squashed flowers. One that is shown jagged edges learns the jags, which are an accident of where pixels
-# happened to fall. So the short side is resized with antialiasing, which keeps the shape, and the centre is cut out.
+# A network trained on squashed flowers generates squashed flowers. And shrinking holds a trap of
+# its own. If an image has finer detail than the small one can hold, picking single pixels turns it
+# into patterns that were never there: *aliasing*. A test pattern shows it, a flower suffers from
+# it:
 
 # %%
-assert cropped.shape == (3, 32, 32)
-centre = resize_and_crop(large.images[3], 32)
-assert (cropped.float() - centre.float()).abs().max() <= 2, "padding the sides must not change the middle"
+axis = torch.linspace(-1, 1, 512)
+rings = torch.cos(150 * (axis[:, None] ** 2 + axis**2)).expand(3, 512, 512)
+factors = {name: values[7:8] for name, values in large.factors.items()}
+originals = torch.stack([rings, paint(512, large.labels[7:8], factors)[0]])
 
-averaged = F.avg_pool2d(large.images[3].float(), 4)  # each small pixel the mean of the 4 x 4 that it stands for
-assert (cropped - averaged).abs().mean() < 0.7 * (aliased - averaged).abs().mean()
+# %%
+bilinear = F.interpolate(originals, (64, 64), mode="bilinear")
+antialiased = F.interpolate(originals, (64, 64), mode="bilinear", antialias=True)
+whole = F.interpolate(originals, (128, 128), mode="bilinear", antialias=True)
+small = [originals[:, :, ::8, ::8], bilinear, antialiased]
+panels = [whole, *[F.interpolate(images, (128, 128)) for images in small]]
+
+# %%
+names = ["original", "every 8th pixel", "bilinear", "antialiased"]
+images = torch.stack(panels, dim=1).flatten(0, 1)  # rings in the first row, flowers in the second
+alt = "Rings and a flower at 64 pixels: false rings and jagged petals without antialiasing"
+image_grid(images, columns=4, scale=1, column_labels=names, alt=alt)
+
 
 # %% [markdown]
-# ## What is locked away
+# Only the last column is an honest small image; a network would learn the jags of the others as if
+# they were flowers. `resize_and_crop` antialiases. (Many resizing functions still leave it off by
+# default; `F.interpolate` above is one.)
 #
-# A network that has copied its training pictures would pass any test on them. So some are held out, and every evaluation uses only those. For
-# Flowers102: torchvision's train and test parts together (7,169 photographs) are for learning, its val part (1,020, ten of each species) is locked away. The embedded
-# flowers have 512 of their own.
+# ## Your own images
+#
+# The series runs on any folder of images: set `NOISOUT_DATA=path/to/images` and
+# `NOISOUT_PROFILE=folder`, and the notebooks and `python -m noisout_nb train` learn from them. Each
+# subfolder is a class. Until you name a folder, this cell makes one, with files as they lie around
+# on disks: wide and tall, with a palette, in print colours, transparent, grey, turned by a camera.
+
+# %%
+def save_mixed(folder):
+    for i, label in enumerate(large.labels.tolist()):
+        path = folder / large.classes[label]
+        path.mkdir(parents=True, exist_ok=True)
+        image = to_pil_image(large.images[i])
+        wide, tall = image.crop((0, 14, 128, 114)), image.crop((14, 0, 114, 128))
+        turned = image.getexif()
+        turned[0x0112] = 6  # EXIF's "the camera was held upright": to be shown turned by 90 degrees
+        kind = i % 6
+        if kind == 0:
+            wide.save(path / f"{i} wide.bmp")
+        elif kind == 1:
+            tall.convert("P").save(path / f"{i} palette.gif")
+        elif kind == 2:
+            image.convert("CMYK").save(path / f"{i} print colours.jpg", quality=95)
+        elif kind == 3:
+            image.putalpha(Image.radial_gradient("L").resize((128, 128)).point(lambda p: 255 - p))
+            image.save(path / f"{i} transparent.webp")
+        elif kind == 4:
+            tall.convert("L").save(path / f"{i} grey.tif")
+        else:
+            image.rotate(90).save(path / f"{i} turned.jpg", exif=turned, quality=95)
+
+
+# %%
+folder = profile.runs / "mixed"  # or name yours here: Path("path/to/images")
+if folder == profile.runs / "mixed":
+    save_mixed(folder)
+files = sorted(file for file in folder.rglob("*.*") if file.is_file())
+for file in files[:6]:
+    with Image.open(file) as opened:
+        print(f"{file.name:20} {opened.mode:5} {opened.width} x {opened.height}")
+
+# %%
+own = FolderImages(64, "train", folder)
+own_held_out = FolderImages(64, "val", folder)
+print(f"{len(own)} images to learn from, {len(own_held_out)} held out, {len(own.classes)} classes")
+alt = "Images read from the folder: upright, square and in RGB"
+image_grid(own.images[:6], columns=3, scale=2, alt=alt)
+
+# %% [markdown]
+# Whatever the format, out comes an upright RGB image of one size. Files that cannot be read are
+# named and left out.
+#
+# ## What is held out
+#
+# A network that memorised its training images would pass every test on them. So some images are
+# *held out*: all evaluation uses these, and the network never sees them. Of Flowers102 these are
+# the 1,020 images of its validation split, of the embedded flowers 512 with a seed of their own, of
+# a folder about one image in eight, chosen by a hash of its name.
 
 # %%
 held_out = load_data(profile, "val")
-print(f"{len(data):,} to learn from, {len(held_out):,} held out")
-if profile.dataset == "procedural":
-    shared = {image.numpy().tobytes() for image in data.images} & {image.numpy().tobytes() for image in held_out.images}
-    assert not shared
+training_set = {image.numpy().tobytes() for image in data.images}
+shared = sum(image.numpy().tobytes() in training_set for image in held_out.images)
+print(f"{len(data):,} to learn from, {len(held_out):,} held out, in both: {shared}")
 
 # %% [markdown]
-# One liberty is taken in training only: half of the pictures are mirrored, left to right. A mirrored flower is as likely as the
-# flower itself; an upside-down one is not (light comes from above), so there is no vertical flip.
+# ## When an image may be flipped
+#
+# If a mirrored image is as likely as the image itself, flipping at random doubles the data. Is it?
+# We compare the mean of all training images with its mirror image:
 
 # %%
-flipping = Batches(held_out, batch_size=8, flip=True)
-plain = Batches(held_out, batch_size=8, flip=False)
-(flipped, _), (as_is, _) = next(flipping), next(plain)
-mirrored = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(flipped, as_is)]
-print(sum(mirrored), "of", len(mirrored), "mirrored")
-assert all(m or torch.equal(a, b) for m, a, b in zip(mirrored, flipped, as_is))
+mean = to_float(data.images).mean(0)
+difference = 4 * (mean - mean.flip(-1))
+shown = [mean, mean.flip(-1), difference]
+labels = ["mean image", "mirrored", "difference x 4"]
+alt = "The mean image, its mirror image, and their difference: the left half is brighter"
+image_grid(shown, columns=3, scale=4, column_labels=labels, alt=alt)
+
+# %%
+print(f"profile {profile.name!r} flips: {profile.flip}")
 
 # %% [markdown]
-# ## Are two sets of pictures alike?
+# The embedded flowers are lit from the left, so a flipped one would be a lie: `flip` is off. Nobody
+# arranged the sun for the photographs: there it is on. Upside down is never right: light comes from
+# above.
 #
-# At the end of the series we shall ask: are the drawn flowers like the real ones? Not each like one of them, but as a set. We prepare the ruler now.
+# ## Are two sets of images alike?
 #
-# `measure_factors` looks only at pixels. Where the colour is far from the border's, there is the flower; that gives its size, its colour on two axes
-# (red against green, yellow against blue) and the background's brightness. The known factors tell whether that works:
+# In the end we shall ask whether generated flowers are like real ones; not each for itself, but as
+# a set. `measure_factors` looks at pixels only. Where the colour is far from that of the border,
+# there is the flower: this gives its size and colour, and the background's brightness. Since the
+# true factors are known, we can see whether the measurement is any good:
 
 # %%
 measured = measure_factors(to_float(garden.images))
-
-
-def correlation(a, b):
-    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
-
-
-round_species = garden.factors["tilt"] < 0.4  # a tilted flower covers less than its radius says
-assert correlation(measured["background"], garden.factors["background_value"]) > 0.95
-assert correlation(measured["size"][round_species], garden.factors["radius"][round_species]) > 0.8
-
-# %% [markdown]
-# One number per picture and factor makes a distribution per set. Two halves of the garden agree, and noise is somewhere else entirely:
+known = garden.factors
+pairs = {
+    "background": (known["background_value"], measured["background"]),
+    "size": (known["radius"], measured["size"]),
+    "red - green": (known["hue"], measured["red_green"]),
+    "yellow - blue": (known["hue"], measured["yellow_blue"]),
+}
 
 # %%
-a, b = to_float(garden.images[:300]), to_float(garden.images[300:])
+names = ["grey", "firebrick", "cornflowerblue", "orchid", "orange", "rebeccapurple"]
+species = torch.tensor([to_rgb(name) for name in names])[garden.labels]
+alt = "Background and size rise with the known factors; the colours form a cluster per species"
+plot_points(pairs, colors=species, point_size=6, x_label="known", y_label="measured", alt=alt)
+
+# %% [markdown]
+# Each species has its colour in the figure. The background's brightness is measured closely. The
+# size follows the radius, spread by the tilt and by the shapes of the petals. The hue, an angle
+# that jumps from 1 to 0 at red, becomes two numbers without a jump. The grey points are daisies.
+
+# %%
+for name in ("background", "size"):
+    x, y = pairs[name]
+    print(f"correlation of {name}: {float(torch.corrcoef(torch.stack([x, y]))[0, 1]):.2f}")
+
+# %% [markdown]
+# One number per image makes a distribution per set. Two halves of the garden agree, noise is
+# elsewhere:
+
+# %%
+half, other = to_float(garden.images[:300]), to_float(garden.images[300:])
 noise = torch.randn(300, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-sizes = {"half of the garden": a, "other half": b, "noise": noise}
-plot_histograms({name: measure_factors(images)["size"] for name, images in sizes.items()}, x_label="share of the picture that the flower covers", bins=40,
-                alt="Histograms of the flower's size: the two halves overlap, noise stands alone at the right end")
-
-# %% [markdown]
-# `factor_distance` puts a number to it: how far the sorted values of one set must be moved to become those of the other (Wasserstein's distance), in units of the spread of the
-# reference. Between two real samples it is small but never zero; that is the floor, the best that any generator can reach with so many pictures.
+sets = {"half of the garden": half, "other half": other, "noise": noise}
 
 # %%
-floor, far = factor_distance(b, a), factor_distance(noise, a)
-names = list(floor)
-assert floor["mean"] < 0.15 and far["mean"] > 10 * floor["mean"]
-plot_lines({"other half": [floor[name] for name in names], "noise": [far[name] for name in names]}, x_ticks=names, markers=True, log_y=True,
-           y_label="distance to half of the garden", alt="Distance in each factor, log axis: the other half stays near 0.1, noise lies between 1 and 10")
+sizes = {name: measure_factors(images)["size"] for name, images in sets.items()}
+label = "share of the image that the flower covers"
+alt = "Histograms of the flower's size: the two halves overlap, noise stands apart on the right"
+plot_histograms(sizes, x_label=label, bins=40, size=(720, 260), alt=alt)
 
 # %% [markdown]
-# ## When something is missing
-#
-# Bad input gets a plain answer:
+# `factor_distance` turns this into numbers: how far the sorted values of one set must move to
+# become those of the other (the Wasserstein distance), in units of their standard deviation.
 
 # %%
-for call in (lambda: ProceduralFlowers(size=8), lambda: load_data(profile, "test"), lambda: get_profile("huge")):
-    try:
-        call()
-    except ValueError as error:
-        print(error)
+floor, far = factor_distance(other, half), factor_distance(noise, half)
+bars = {"other half": floor, "noise": far}
+label = "distance to half of the garden"
+alt = "Distance in each factor, log axis: the other half near 0.1, noise over ten times as far"
+plot_bars(bars, log_y=True, y_label=label, alt=alt)
 
 # %% [markdown]
-# ## Your turn
+# Two real sets are never at distance 0: what is left is chance, and no generator of as many images
+# can be expected to do better. [07_evaluation](07_evaluation.ipynb) builds on this.
 #
-# 1. How much memory do the 7,169 training photographs take at 64 x 64 as `uint8`, and how much as float32? Fill in `megabytes`.
-# 2. Is the hue of a daisy a good factor to measure? Look at the table of species in `noisout_nb/data.py` and think of what hue means for white.
-
-# %% tags=["exercise"]
-megabytes = None  # your answer to 1, as (uint8, float32)
-
-# %% [markdown]
-# ## Solutions
+# ## Exercises
 #
-# 1. Three bytes a pixel, or four times as many:
+# Write your answers into the first cell; the next one checks them.
+#
+# 1. How many megabytes (millions of bytes) do the 7,169 training photographs take at 64 x 64
+#    pixels: as `uint8`, and as float32? Two numbers.
+# 2. For which species of the embedded flowers is the factor `hue` invisible in the image?
+# 3. Write the way back from floats to `uint8`: nearest level, and values beyond -1 and 1 clamped.
 
-# %% tags=["solution"]
+# %%
+megabytes = None  # (as uint8, as float32)
+species_without_hue = None  # a name
+
+
+def my_to_uint8(images):
+    return None
+
+
+# %%
 pixels = 7_169 * 3 * 64 * 64
-megabytes = (pixels / 1e6, 4 * pixels / 1e6)
-print("{:.0f} MB and {:.0f} MB".format(*megabytes))
+check(
+    "exercise 1", megabytes, (pixels / 1e6, 4 * pixels / 1e6), 1, "An RGB pixel is three numbers."
+)
+check("exercise 2", species_without_hue, "daisy", hint="Look for grey points in the scatter plots.")
+x = torch.tensor([-1.2, -1.0, -0.501, 0.003, 0.999, 1.0, 7.0])
+check("exercise 3", my_to_uint8(x), to_uint8(x), hint=f"For {x.tolist()} it differs from to_uint8.")
 
 # %% [markdown]
-# 2. A daisy's petals have a saturation of 0.08: whatever the hue, they are white. Its hue cannot be seen, so it cannot be measured; the two colour axes have no such problem, since
-# white simply lies near their origin.
-
-# %% tags=["solution"]
-daisies = garden.labels == garden.classes.index("daisy")
-assert measured["red_green"][daisies].abs().mean() < measured["red_green"][~daisies].abs().mean()
-
-# %% [markdown]
+# <details><summary>Solutions</summary>
+#
+# 1. One byte per number, or four:
+#
+# ```python
+# megabytes = (88, 352)
+# ```
+#
+# 2. A daisy's petals are white, and white has no hue:
+#
+# ```python
+# species_without_hue = "daisy"
+# ```
+#
+# 3. The inverse of `my_to_float`, rounded before it is cast:
+#
+# ```python
+# def my_to_uint8(images):
+#     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+# ```
+#
+# </details>
+#
 # Next: [02_forward_process](02_forward_process.ipynb) dissolves a flower in noise.

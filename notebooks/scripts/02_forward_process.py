@@ -16,15 +16,16 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/02_forward_process.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/02_forward_process.ipynb)
 #
-# **What you'll do**: destroy a flower in a thousand small steps, jump to any of them at once, and work out exactly
-# what it takes to go one step back.
+# **What you'll do**: destroy a flower in a thousand small steps, jump to any of them at once, work
+# out what it takes to go one step back, and generate first flowers without any network.
 #
-# **What you'll learn**: why each step shrinks the picture as well as adding noise, what a noise schedule is and how to
-# judge one, why $\epsilon$, $x_0$ and $v$ are three names for one thing, and where the formulas of the reverse process
-# come from.
+# **What you'll learn**: why each step shrinks the image as well as adding noise, what a noise
+# schedule is and how to judge one, why $\epsilon$, $x_0$ and $v$ are three names for one thing and
+# which of them to predict, and where the formulas of the reverse process come from.
 #
-# **What you need**: notebook 01, and the normal distribution. Reading takes about half an hour, running about half a
-# minute. Formulas follow Ho et al. 2020, "Denoising Diffusion Probabilistic Models", with its equation numbers.
+# **What you need**: notebook 01 and the normal distribution. Reading takes about half an hour,
+# running less than half a minute. Formulas follow Ho et al. 2020, "Denoising Diffusion
+# Probabilistic Models", with its equation numbers.
 
 # %%
 import sys
@@ -32,93 +33,85 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    subprocess.run(
+        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+        shell=True,
+        check=True,
+    )
     sys.path.insert(0, "noisOut")
 
 # %%
 import ipywidgets as widgets
 import torch
-from torch.nn.functional import avg_pool2d, interpolate
 from torch.testing import assert_close
 
 from noisout_nb.data import load_data
-from noisout_nb.display import Explorer, filmstrip, image_grid, plot_histograms, plot_lines, stack
-from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule, linear_beta_schedule
+from noisout_nb.exercises import check
+from noisout_nb.figures import filmstrip, image_grid, plot_histograms, plot_lines, stack
+from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
 from noisout_nb.profiles import get_profile
+from noisout_nb.widgets import Explorer
 
-torch.manual_seed(0)
 profile = get_profile()
+generator = torch.Generator().manual_seed(0)
+scale = 128 // profile.image_size  # images are shown at 128 pixels
 
 # %% [markdown]
 # ## The idea
 #
-# Painting a flower is hard. Ruining one is easy: add noise. Now suppose that it is ruined *slowly*, so slowly that
-# every single step could nearly be undone by someone who knows what flowers look like. Then a network only has to learn
-# many easy undoings, and together they make a flower out of nothing but noise.
+# Generating a flower is hard. Ruining one is easy: add noise. If the noise comes in steps that are
+# small enough, each single step can nearly be undone by someone who knows what flowers look like.
+# So a network only has to learn many small, easy reversals, and together they lead from pure noise
+# to a flower.
 #
-# This notebook is about the ruining. Nothing is learned here: all of it is known in closed form, which is why training
-# will be so simple. Our victim:
+# This notebook is about the ruining, the *forward process*. Nothing is learned here: everything is
+# known in closed form, which is why training (notebook 04) will be simple. This is the flower:
 
 # %%
-dataset = load_data(profile, "val")
-flowers = torch.stack([image for image, _ in dataset])
+flowers = torch.stack([image for image, _ in load_data(profile, "val")])
 flower = flowers[3:4]
-image_grid(flower, scale=128 // profile.image_size, alt="One flower, sharp and clean")
+image_grid(flower, scale=scale, alt="One flower, sharp and clean")
 
 # %% [markdown]
 # ## One step
 #
-# In step $t$ the picture is shrunk a little, and a little normal noise is added (eq. 2):
+# In step $t$ the image is shrunk a little, and a little Gaussian noise is added (eq. 2):
 #
 # $$q(x_t \mid x_{t-1}) = \mathcal{N}\!\left(x_t;\ \sqrt{1-\beta_t}\,x_{t-1},\ \beta_t I\right)$$
 #
-# The $\beta_t$ are small numbers chosen beforehand. Ho et al. let them rise in a line from 0.0001 to 0.02 over
-# $T = 1000$ steps. In code $t$ counts from 0, so `betas[t]` is the paper's $\beta_{t+1}$.
+# The $\beta_t$ are small numbers chosen in advance. Ho et al. let them rise linearly from 0.0001 to
+# 0.02 over $T = 1000$ steps.
+#
+# **A word on counting.** The papers call the clean image $x_0$ and the noisy ones
+# $x_1, \dots, x_T$. Code counts from zero, so `t = 0` is the *first noisy* step (the papers'
+# $t = 1$) and `t = T - 1` the last. In this series $x_0$ always means the clean image, never the
+# image at `t = 0`.
 
 # %%
 T = 1000
 betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-generator = torch.Generator().manual_seed(0)
 
 
-# %%
 def step(x, t):
     noise = torch.randn(x.shape, generator=generator)
     return (1 - betas[t]).sqrt() * x + betas[t].sqrt() * noise
 
 
-# %% [markdown]
-# Why shrink? Noise of variance $\beta_t$ adds up: without the shrinking, the variance would grow with every step, and
-# the network would have to cope with pictures of ever larger numbers. With it, the variance $\sigma^2$ turns into
-# $(1-\beta_t)\,\sigma^2 + \beta_t$, and for $\sigma^2 = 1$ that is 1 again. Such a process is called *variance
-# preserving*. Below, 20,000 numbers of variance 1 go through all steps, once as it should be and once without the
-# shrinking.
-
 # %%
-kept = grown = torch.randn(20_000, generator=generator)
-variance = {"with the shrinking": [], "without it": []}
-for t in range(T):
-    kept = step(kept, t)
-    grown = grown + betas[t].sqrt() * torch.randn(grown.shape, generator=generator)
-    variance["with the shrinking"].append(kept.var())
-    variance["without it"].append(grown.var())
-
-# %%
-plot_lines({name: torch.stack(values) for name, values in variance.items()}, x_label="t", y_label="variance",
-           alt="Variance against t: with the shrinking it stays at 1, without it it climbs to 11")
-
-# %%
-after = torch.stack(variance["with the shrinking"])
-assert (after - 1).abs().max() < 0.1
-assert abs(variance["without it"][-1] - (1 + betas.sum())) < 1
-print(f"without the shrinking the variance ends at 1 + the sum of the betas = {1 + betas.sum():.2f}")
+image_grid(
+    torch.cat([flower, step(flower, 0), step(flower, T - 1)]),
+    scale=scale,
+    column_labels=["$x_0$, clean", "the smallest step", "the largest step"],
+    alt="The flower clean, after one step of beta 0.0001 (no difference to see), and after one "
+    "step of beta 0.02 (grainy)",
+)
 
 # %% [markdown]
 # ## The film
 #
-# Now the flower goes through the same thousand steps, one after the other, and we keep a few of the frames.
+# Now the flower goes through all thousand steps, one after the other. We keep a few of the frames.
 
-# %%
+# %% tags=["cover"]
 shown = [0, 19, 49, 99, 199, 299, 499, 999]
 x, frames = flower, [flower[0]]
 for t in range(T):
@@ -126,73 +119,104 @@ for t in range(T):
     if t in shown:
         frames.append(x[0])
 
-# %% tags=["cover"]
-filmstrip([frames], column_labels=["$x_0$", *(f"t = {t}" for t in shown)], arrow="the forward process",
-          alt="A flower dissolving in noise: clear until t = 49, grainy at 99, faint at 299, nothing but noise at 999")
+filmstrip(
+    [frames],
+    column_labels=["$x_0$", *(f"t = {t}" for t in shown)],
+    arrow="the forward process",
+    alt="A flower dissolving in noise: clear until t = 49, grainy at 99, faint at 299, nothing "
+    "but noise at 999",
+)
 
 # %% [markdown]
-# Flowers have less variance than 1 (they live in [-1, 1]), so theirs moves towards 1. Whatever the start, the end is the
-# same: mean 0 and variance 1.
+# Look at neighbouring frames: details go first, large shapes and colours last. A network that walks
+# back will therefore settle the large shapes first and fill in the details at the end.
+#
+# Why shrink at all? Variances add up: without the shrinking, the variance would grow with every
+# step, and the network would have to cope with ever larger numbers. With it, a variance $\sigma^2$
+# turns into $(1-\beta_t)\,\sigma^2 + \beta_t$, and if $\sigma^2 = 1$ that is 1 again. Such a
+# process is called *variance preserving*. Here 20,000 numbers of variance 1 go through all steps,
+# with and without the shrinking.
 
 # %%
-assert flower.var() < 0.9
-assert abs(frames[-1].mean()) < 0.15 and abs(frames[-1].var() - 1) < 0.15
+kept = grown = torch.randn(20_000, generator=generator)
+variance = {"with shrinking": [], "without": []}
+for t in range(T):
+    kept = step(kept, t)
+    grown = grown + betas[t].sqrt() * torch.randn(grown.shape, generator=generator)
+    variance["with shrinking"].append(kept.var())
+    variance["without"].append(grown.var())
+
+# %%
+variance = {name: torch.stack(values) for name, values in variance.items()}
+plot_lines(
+    variance | {"1 + the sum of the betas so far": 1 + betas.cumsum(0)},
+    x_label="t",
+    y_label="variance",
+    alt="Variance against t: with shrinking it stays at 1, without it climbs to 11, along the "
+    "curve of one plus the sum of the betas so far",
+)
 
 # %% [markdown]
-# Look at neighbouring frames: the details go first, the large shapes and the colours last. A network that walks back
-# will therefore decide on the large shapes first and fill in the details at the end.
-#
+# An image has less variance than 1, since its values lie in $[-1, 1]$, but whatever the start, the
+# end is the same: mean 0 and variance 1. This is the flower's own path:
+
+# %%
+for name, frame in zip(["x_0", *(f"t = {t}" for t in shown)], frames, strict=True):
+    print(f"{name:>7}: mean {frame.mean():z5.1f}, variance {frame.var():.1f}")
+
+# %% [markdown]
 # ## The jump
 #
-# To train a network we shall need $x_t$ for random $t$, millions of times. Walking there step by step is out of the
-# question, and not needed. Write $\alpha_t = 1 - \beta_t$, and do two steps by hand:
+# To train a network we need $x_t$ for random $t$, millions of times. Walking there step by step is
+# out of the question, and not needed. Write $\alpha_t = 1 - \beta_t$ and do two steps by hand:
 #
-# $$x_t = \sqrt{\alpha_t}\,x_{t-1} + \sqrt{1-\alpha_t}\,\epsilon_t, \qquad x_{t-1} = \sqrt{\alpha_{t-1}}\,x_{t-2} + \sqrt{1-\alpha_{t-1}}\,\epsilon_{t-1}$$
+# $$x_t = \sqrt{\alpha_t}\,x_{t-1} + \sqrt{1-\alpha_t}\,\epsilon_t, \qquad
+# x_{t-1} = \sqrt{\alpha_{t-1}}\,x_{t-2} + \sqrt{1-\alpha_{t-1}}\,\epsilon_{t-1}$$
 #
-# $$x_t = \sqrt{\alpha_t\alpha_{t-1}}\,x_{t-2} + \underbrace{\sqrt{\alpha_t(1-\alpha_{t-1})}\,\epsilon_{t-1} + \sqrt{1-\alpha_t}\,\epsilon_t}_{\text{normal, its variances add: } \alpha_t - \alpha_t\alpha_{t-1} + 1 - \alpha_t\, =\, 1 - \alpha_t\alpha_{t-1}}$$
+# Insert the second into the first. The two noise terms are independent Gaussians, so their
+# variances add: $\alpha_t(1-\alpha_{t-1}) + (1-\alpha_t) = 1-\alpha_t\alpha_{t-1}$. Hence
 #
-# Two steps are one larger step whose $\alpha$ is the product. So are all steps: with
-# $\bar\alpha_t = \alpha_1\alpha_2\cdots\alpha_t$ (eq. 4)
+# $$x_t = \sqrt{\alpha_t\alpha_{t-1}}\,x_{t-2} + \sqrt{1-\alpha_t\alpha_{t-1}}\,\epsilon$$
 #
-# $$q(x_t \mid x_0) = \mathcal{N}\!\left(x_t;\ \sqrt{\bar\alpha_t}\,x_0,\ (1-\bar\alpha_t) I\right) \quad\text{or}\quad x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$$
+# Two steps are one larger step whose $\alpha$ is the product. By induction so are all $t$ steps:
+# with $\bar\alpha_t = \alpha_1\alpha_2\cdots\alpha_t$ (eq. 4)
+#
+# $$q(x_t \mid x_0) = \mathcal{N}\!\left(x_t;\ \sqrt{\bar\alpha_t}\,x_0,\ (1-\bar\alpha_t) I\right)
+# \quad\text{or}\quad x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$$
 
 # %%
 alpha_bar = torch.cumprod(1 - betas, 0)
 
 
-# %%
 def my_q_sample(x_0, t, noise):
     a = alpha_bar[t].view(-1, 1, 1, 1)
     return (a.sqrt() * x_0 + (1 - a).sqrt() * noise).float()
 
 
-# %% [markdown]
-# The helper's `GaussianDiffusion` holds the same tables. From here on `process` is ours; it is given one $t$ for every
-# picture of the batch.
-
 # %%
-process = GaussianDiffusion(linear_beta_schedule(T))
-x_0 = flowers[:8]
-t = torch.tensor([0, 1, 10, 100, 300, 600, 998, 999])
-noise = torch.randn(x_0.shape, generator=generator)
-assert_close(process.q_sample(x_0, t, noise), my_q_sample(x_0, t, noise))
+for t in (0, 99, 299, 999):
+    a = alpha_bar[t]
+    print(f"t = {t:3}: x_t = {a.sqrt():.3f} x_0 + {(1 - a).sqrt():.3f} noise")
 
 # %% [markdown]
-# Is the jump the same as the walk? We send 20,000 copies of one bright pixel, $x_0 = 0.8$, through the walk, and draw
-# over their histograms the normal densities that eq. 4 promises.
+# Is the jump the same as the walk? We send 20,000 copies of one bright pixel, $x_0 = 0.8$, through
+# the walk, and draw over their histograms the normal densities that eq. 4 promises.
 
 # %%
 stops = [49, 249, 999]
 x, walked = torch.full((20_000,), 0.8), {}
-for i in range(T):
-    x = step(x, i)
-    if i in stops:
-        walked[i] = x
+for t in range(T):
+    x = step(x, t)
+    if t in stops:
+        walked[t] = x
 
 # %%
-for i in stops:
-    assert abs(walked[i].mean() - 0.8 * alpha_bar[i].sqrt()) < 0.04
-    assert abs(walked[i].std() - (1 - alpha_bar[i]).sqrt()) < 0.03
+for t in stops:
+    mean, std = 0.8 * alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
+    print(
+        f"t = {t:3}: the walk has mean {walked[t].mean():z.1f} and std {walked[t].std():.2f}, "
+        f"eq. 4 says {mean:.1f} and {std:.2f}"
+    )
 
 
 # %%
@@ -202,33 +226,54 @@ def density(at, mean, variance):
 
 # %%
 axis = torch.linspace(-4, 4, 400)
-promised = [density(axis, 0.8 * alpha_bar[i].sqrt(), 1 - alpha_bar[i]) for i in stops]
-plot_histograms({f"walk, t = {i}": walked[i] for i in stops}, x_label="the pixel's value", bins=160,
-                curves={"eq. 4": (axis.repeat(3), torch.cat(promised))},
-                alt="Histograms of a walked pixel at t = 49, 249 and 999, each under the normal density of eq. 4")
+promised = [density(axis, 0.8 * alpha_bar[t].sqrt(), 1 - alpha_bar[t]) for t in stops]
+plot_histograms(
+    {f"walk, t = {t}": walked[t] for t in stops},
+    x_label="value of the pixel",
+    bins=160,
+    curves={"eq. 4": (axis.repeat(3), torch.cat(promised))},
+    alt="Histograms of a walked pixel at t = 49, 249 and 999, each under the normal density of "
+    "eq. 4",
+)
 
 # %% [markdown]
-# They agree. The pixel forgets that it was 0.8 (its mean wanders to 0) while its spread grows to 1. And the helper's
-# jump, at the same three times, over 20,000 draws:
+# They agree. The pixel forgets that it was 0.8 (its mean goes to 0) while its spread grows to 1.
+#
+# The helper package `noisout_nb` keeps these tables in a `GaussianDiffusion`, one `t` per image of
+# the batch. Its `q_sample` is our jump:
 
 # %%
-pixel = torch.full((20_000, 1), 0.8)
-for i in stops:
-    jumped = process.q_sample(pixel, torch.full((20_000,), i), torch.randn(pixel.shape, generator=generator))
-    assert abs(jumped.mean() - 0.8 * alpha_bar[i].sqrt()) < 0.04
-    assert abs(jumped.std() - (1 - alpha_bar[i]).sqrt()) < 0.03
+linear = GaussianDiffusion.from_config("linear", T)
+x_0 = flowers[:8]
+t = torch.tensor([0, 1, 10, 100, 300, 600, 998, 999])
+noise = torch.randn(x_0.shape, generator=generator)
+x_t = linear.q_sample(x_0, t, noise)
+
+# %%
+assert_close(x_t, my_q_sample(x_0, t, noise))
+image_grid(
+    x_t,
+    scale=3 if scale > 2 else 1,
+    column_labels=[f"t = {i}" for i in t.tolist()],
+    alt="Eight flowers jumped to t = 0, 1, 10, 100, 300, 600, 998 and 999: the first three look "
+    "clean, the last three like noise",
+)
 
 
 # %% [markdown]
 # ## Schedules
 #
-# Because of the jump, the betas matter only through $\bar\alpha_t$, the share of the signal's power that is left at
-# $t$. What a network can see at $t$ is told by one number, the *signal-to-noise ratio*
-# $\text{SNR}_t = \bar\alpha_t / (1-\bar\alpha_t)$. Nichol & Dhariwal (2021, eq. 17) found that the linear schedule
-# hurries: its last third is all but pure noise, and steps spent there teach little. Their *cosine* schedule lets
-# $\bar\alpha_t$ fall along a squared cosine instead:
+# Because of the jump, the betas matter only through $\bar\alpha_t$. The *signal-to-noise ratio*
+# summarises how much of the image survives at timestep $t$:
 #
-# $$\bar\alpha_t = \frac{f(t)}{f(0)}, \qquad f(t) = \cos^2\!\left(\frac{t/T + s}{1 + s}\cdot\frac{\pi}{2}\right), \quad s = 0.008$$
+# $$\text{SNR}_t = \frac{\bar\alpha_t}{1-\bar\alpha_t}$$
+#
+# Nichol & Dhariwal (2021) found that the linear schedule destroys images too early: its last third
+# is almost pure noise, and steps spent there teach little. In their *cosine* schedule
+# $\bar\alpha_t$ falls along a squared cosine (eq. 17):
+#
+# $$\bar\alpha_t = \frac{f(t)}{f(0)}, \qquad
+# f(t) = \cos^2\!\left(\frac{t/T + s}{1 + s}\cdot\frac{\pi}{2}\right), \quad s = 0.008$$
 
 # %%
 def my_cosine_schedule(T, s=0.008):
@@ -239,465 +284,584 @@ def my_cosine_schedule(T, s=0.008):
 
 # %%
 assert_close(my_cosine_schedule(T), cosine_beta_schedule(T))
-assert (my_cosine_schedule(T) == 0.999).sum() == 1  # the clamp touches the last step alone
-assert_close(betas, linear_beta_schedule(T))
+print("largest betas:", *(f"{beta:.3f}" for beta in my_cosine_schedule(T)[-3:]))
 
 # %% [markdown]
-# Without the clamp the last step would have $\beta_T = 1$: it would leave nothing at all, and dividing by
-# $\sqrt{\bar\alpha_T} = 0$ would give infinities.
+# The last step is clamped to 0.999. Unclamped, it would be $\beta_T = 1$ and $\bar\alpha_T = 0$:
+# nothing at all would be left of the image, and formulas that divide by $\sqrt{\bar\alpha_T}$ would
+# give infinities.
 
 # %%
-processes = {"linear": process, "cosine": GaussianDiffusion(cosine_beta_schedule(T))}
-half = {"x_label": "t", "size": (720, 230)}
+cosine = GaussianDiffusion.from_config("cosine", T)
+processes = {"linear": linear, "cosine": cosine}
 stack(
-    plot_lines({n: p.betas for n, p in processes.items()}, y_label="$\\beta_t$", log_y=True, **half),
-    plot_lines({n: p.alphas_cumprod for n, p in processes.items()}, y_label="$\\bar\\alpha_t$", **half),
-    alt="Above, betas on a log axis: both rise, the cosine's to nearly 1 at the end. Below, alpha bar: the linear "
-    "schedule's is almost 0 from t = 600 on, the cosine's falls evenly",
+    plot_lines(
+        {name: p.betas for name, p in processes.items()},
+        x_label="t",
+        y_label="$\\beta_t$",
+        log_y=True,
+        size=(720, 230),
+    ),
+    plot_lines(
+        {name: p.alphas_cumprod for name, p in processes.items()},
+        x_label="t",
+        y_label="$\\bar\\alpha_t$",
+        size=(720, 230),
+    ),
+    alt="Above, betas on a log axis: both rise, the cosine's to nearly 1 at the end. Below, alpha "
+    "bar: the linear schedule's is almost 0 from t = 600 on, the cosine's falls evenly",
 )
 
-# %%
-every_t = torch.arange(T)
-assert_close(process.signal_to_noise_ratio(every_t), (alpha_bar / (1 - alpha_bar)).float(), rtol=1e-5, atol=0)
-snr_curves = plot_lines({n: p.signal_to_noise_ratio(every_t) for n, p in processes.items()}, x_label="t", y_label="SNR", log_y=True,
-                        hlines={"as much noise as signal": 1}, size=(720, 280),
-                        alt="SNR against t on a log axis: the linear schedule passes 1 at t = 259, the cosine at 496")
-snr_curves
+# %% [markdown]
+# The same noise, added to the same flower under both schedules:
 
 # %%
-columns = [0, 99, 199, 299, 399, 499, 599, 799, 999]
+columns = torch.tensor([0, 99, 199, 499, 799, 999])
 same_noise = torch.randn(flower.shape, generator=generator).expand(len(columns), -1, -1, -1)
-films = [p.q_sample(flower.expand_as(same_noise), torch.tensor(columns), same_noise) for p in processes.values()]
-filmstrip(films, row_labels=processes, column_labels=[f"t = {t}" for t in columns],
-          alt="The flower dissolving under both schedules, with the same noise: at t = 399 it is hard to find under the "
-          "linear schedule and plain to see under the cosine one")
-
+films = [p.q_sample(flower.expand_as(same_noise), columns, same_noise) for p in processes.values()]
+filmstrip(
+    films,
+    row_labels=processes,
+    column_labels=[f"t = {t}" for t in columns.tolist()],
+    alt="The flower dissolving under both schedules, with the same noise: at t = 499 it is gone "
+    "under the linear schedule and still to be seen under the cosine one",
+)
 
 # %% [markdown]
-# Now you. Move the time (drag it, or use the arrow keys) and change the schedule: where does the flower drown, and what is the SNR there?
+# ### One noise level, four names
+#
+# Papers name the same noise level in different ways. Divide $x_t$ by $\sqrt{\bar\alpha_t}$ and it
+# reads $x_0 + \sigma_t\,\epsilon$: the clean image plus noise of standard deviation
+# $\sigma_t = \sqrt{(1-\bar\alpha_t)/\bar\alpha_t}$. This is the view of Karras et al. (2022).
+# Kingma et al. (2021) use the logarithm, $\lambda_t = \log \text{SNR}_t = -2\log\sigma_t$. All of
+# them say how noisy an image is without mentioning $t$ or a schedule.
 
 # %%
+print("  t   alpha_bar       SNR   sigma   log-SNR")
+for t in (0, 99, 499, 899, 989):
+    a = cosine.exact_alphas_cumprod[t]
+    ratio = a / (1 - a)
+    print(f"{t:3} {a:11.5f} {ratio:9.3g} {ratio**-0.5:7.3f} {ratio.log():9.2f}")
+
+# %% [markdown]
+# In this view a schedule only says *how many of the steps are spent at which noise level*. A
+# histogram of the log-SNR over all $t$ shows it; $\log\text{SNR} = 0$ is where signal and noise are
+# equally strong.
+
+# %%
+snr = {name: p.signal_to_noise_ratio(torch.arange(T)) for name, p in processes.items()}
+plot_histograms(
+    {name: values.log() for name, values in snr.items()},
+    x_label="log-SNR (clean images on the right, noise on the left)",
+    bins=50,
+    size=(720, 260),
+    alt="Histograms of the log-SNR over the timesteps: the linear schedule spreads from -10 to 5 "
+    "with a peak at -1, the cosine schedule centres on 0 and has long, thin tails",
+)
+
+# %% [markdown]
+# The linear schedule spends three quarters of its steps where noise outweighs signal, many of them
+# at a log-SNR below -4, where next to nothing is left of the flower. The cosine schedule spends as
+# many steps on either side of 0, and most of them near it.
+#
+# Now you: move $t$ (drag, or use the arrow keys) and change the schedule. Where does the flower
+# drown, and what is the SNR there?
+
+# %%
+curves = plot_lines(
+    snr, x_label="t", y_label="SNR", log_y=True, hlines={"SNR = 1": 1}, size=(720, 240)
+)
+
+
 def noisy_flower(t, schedule):
     p, at = processes[schedule], torch.tensor([t])
     x_t = p.q_sample(flower, at, same_noise[:1])
-    pictures = image_grid(torch.cat([flower, same_noise[:1], x_t]), scale=128 // profile.image_size, column_labels=["$x_0$", r"$\epsilon$", f"$x_t$, t = {t}"])
-    curve = snr_curves.marked(t, p.signal_to_noise_ratio(at).item())
-    return stack(pictures, curve, alt=f"The flower, the noise, and their mixture at t = {t}; below, a dot at t = {t} on the {schedule} schedule's SNR curve")
+    images = image_grid(
+        torch.cat([flower, same_noise[:1], x_t]),
+        scale=scale,
+        column_labels=["$x_0$", r"$\epsilon$", f"$x_t$, t = {t}"],
+    )
+    alt = f"The flower, the noise, and both mixed at t = {t}; below, the {schedule} schedule's SNR"
+    return stack(images, curves.marked(t, p.signal_to_noise_ratio(at).item()), alt=alt)
 
 
 # %%
-Explorer(noisy_flower, t=widgets.IntSlider(209, 9, 999, 10), schedule=widgets.Dropdown(options=["linear", "cosine"]))
-
-# %% [markdown]
-# Two numbers are worth knowing by heart, since they tell in one glance whether somebody's schedule is right:
-# $\bar\alpha_T$, what is left of the signal at the end.
-
-# %%
-for name, p in processes.items():
-    print(f"{name}: alpha_bar_T = {p.exact_alphas_cumprod[-1]:.2e}")
-assert process.signal_to_noise_ratio(torch.tensor([2 * T // 3])) < 0.02  # the linear schedule's last third
-assert f"{process.exact_alphas_cumprod[-1]:.3e}" == "4.036e-05"
-assert f"{processes['cosine'].exact_alphas_cumprod[-1]:.2e}" == "2.43e-09"
-
-
-# %% [markdown]
-# A word on precision. The tables are *used* in float32, but *computed* in float64: a product of a thousand factors
-# close to 1 collects rounding errors, and $1-\bar\alpha_t$ at small $t$, a tiny difference of two large numbers,
-# collects more. This is the largest relative error of both, if float32 did all the work:
-
-# %%
-def float32_errors(betas):
-    exact, coarse = torch.cumprod(1 - betas, 0), torch.cumprod(1 - betas.float(), 0)
-    return ((coarse - exact) / exact).abs().max(), ((exact - coarse) / (1 - exact)).abs().max()
-
-
-# %%
-for name, b in (("linear", betas), ("cosine", cosine_beta_schedule(T))):
-    signal_error, noise_error = float32_errors(b)
-    print(f"{name}: 1 - alpha_bar suffers more than alpha_bar: {bool(noise_error > 10 * signal_error)}")
-    assert 1e-8 < signal_error < 1e-4 < noise_error < 1e-3
+Explorer(
+    noisy_flower,
+    t=widgets.IntSlider(209, 9, 999, 10),
+    schedule=widgets.Dropdown(options=["linear", "cosine"]),
+)
 
 # %% [markdown]
 # ## Why ten steps do not reach noise
 #
-# A thousand steps are many. What if we take the same betas, from 0.0001 to 0.02, but only $T = 10$ of them? It has been
-# done, and it does not work. Ten such steps leave
+# A thousand steps are many. What if we take the same betas, from 0.0001 to 0.02, but only ten of
+# them? One number tells whether a schedule is usable: $\bar\alpha_T$, what is left of the signal at
+# the end.
 
 # %%
-ten = GaussianDiffusion(torch.linspace(1e-4, 0.02, 10))
-left = ten.exact_alphas_cumprod[-1]
-print(f"alpha_bar_10 = {left:.3f}: {left.sqrt():.0%} of the flower's amplitude, SNR {left / (1 - left):.1f}")
-assert 0.903 < left < 0.905
+ten_small = GaussianDiffusion(torch.linspace(1e-4, 0.02, 10))
+for name, p in (processes | {"ten small steps": ten_small}).items():
+    print(f"{name:>15}: alpha_bar_T = {p.exact_alphas_cumprod[-1]:.1e}")
 
-# %%
-last = [p.q_sample(flower, torch.tensor([p.timesteps - 1]), same_noise[:1])[0] for p in (ten, process)]
-image_grid(torch.stack([flower[0], *last]), scale=128 // profile.image_size,
-           column_labels=["$x_0$", "$x_T$ for T = 10", "$x_T$ for T = 1000"],
-           alt="The flower; the flower after 10 steps, still plain to see; pure noise after 1000 steps")
+last = [
+    p.q_sample(flower, torch.tensor([p.timesteps - 1]), same_noise[:1]) for p in (ten_small, linear)
+]
+image_grid(
+    torch.cat([flower, *last]),
+    scale=scale,
+    column_labels=["$x_0$", "$x_T$, T = 10", "$x_T$, T = 1000"],
+    alt="The flower; the flower after ten small steps, still plain to see; pure noise after "
+    "1000 steps",
+)
 
 # %% [markdown]
-# of the flower. The middle picture is what a network would be trained on as "pure noise"; sampling would then start
-# from the right one, which it has never seen. At the end of this notebook we watch that go wrong.
+# After ten small steps $\sqrt{0.90} = 95\,\%$ of the flower's amplitude is left. A network trained
+# on that would know the image in the middle as "the noisiest there is", yet sampling would start
+# from the one on the right, which it has never seen. At the end of this notebook we watch that go
+# wrong.
 #
-# Fewer steps must be larger steps. The helper's linear schedule scales its betas by $1000/T$, so that their sum, and
-# with it roughly $\log\bar\alpha_T$, stays. At $T = 100$ that works; at $T = 10$ the betas would exceed 1 and are
-# clamped to 0.999, which is safe but crude:
+# Fewer steps must be *larger* steps. The best way keeps the fine process and visits only some of
+# its timesteps: `respace(10)` makes a process of ten steps whose betas lead from one kept
+# $\bar\alpha$ to the next, $\beta = 1 - \bar\alpha_t / \bar\alpha_{\text{previous}}$. A network
+# trained with 1000 steps can be sampled with ten in this way, because it is still told the original
+# $t$.
 
 # %%
-for few in (100, 50, 10):
-    b = linear_beta_schedule(few)
-    print(f"T = {few:3}: largest beta {b.max():.3f}, clamped: {int((b == 0.999).sum())} of {few}")
-    assert torch.cumprod(1 - b, 0)[-1] < 1e-3
-
-# %% [markdown]
-# The better way keeps the fine process and visits only some of its times: `process.respace(10)`. Its betas are those
-# that lead from one kept $\bar\alpha$ to the next, $\beta = 1 - \bar\alpha_t / \bar\alpha_{\text{previous}}$. A network
-# trained with 1000 steps can be sampled with ten that way, as it is told the original $t$. The sampling must start
-# where the noise is pure, so $T-1$ is always among the kept times.
-
-# %%
-respaced = process.respace(10)
-print("kept:", respaced.timestep_map.tolist())
-assert respaced.timestep_map[-1] == T - 1
-assert_close(respaced.alphas_cumprod, process.alphas_cumprod[respaced.timestep_map])
+ten = linear.respace(10)
+print("timesteps kept:", ten.timestep_map.tolist())
+print("their betas:   ", *(f"{beta:.2f}" for beta in ten.betas))
+print(f"alpha_bar_T = {ten.exact_alphas_cumprod[-1]:.1e}, as with all 1000 steps")
 
 # %% [markdown]
 # ## Three names for one thing
 #
-# Whoever has $x_t$ and knows the noise $\epsilon$ in it also knows $x_0$: just solve
-# $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$. A network may therefore be asked for either. There
-# is a third question, Salimans & Ho's (2022) *velocity*
+# Given $x_t$ and $\epsilon$, the clean image is determined: solve
+# $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ for $x_0$. So a network may be
+# trained to predict either one. There is a third candidate, the *velocity* of Salimans & Ho (2022):
 #
 # $$v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$$
 #
-# The two roots are the cosine and the sine of one angle, since their squares sum to 1. So $(x_t, v)$ is
-# $(x_0, \epsilon)$ *rotated*, and a rotation is undone by rotating back:
+# The two roots are the cosine and the sine of one angle, since their squares sum to 1. So
+# $(x_t, v)$ is $(x_0, \epsilon)$ *rotated*, and rotating back gives
 # $x_0 = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\,v$, with nothing to divide by.
 
 # %%
-cos = process.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
-sin = process.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1)
-x_t, v = cos * x_0 + sin * noise, cos * noise - sin * x_0
+t = torch.tensor([9, 199, 499, 799, 989])
+x_0, noise = flower.expand(5, -1, -1, -1), same_noise[:5]
+cos = cosine.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+sin = (1 - cosine.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+x_t = cos * x_0 + sin * noise
+v = cos * noise - sin * x_0
 
-# %%
-assert_close(cos**2 + sin**2, torch.ones_like(cos))
-assert_close(process.predict_v(x_0, t, noise), v)
-assert_close(process.predict_start_from_v(x_t, t, v), x_0, rtol=0, atol=1e-5)
-
-# %% [markdown]
-# All conversions lead back to where they started, at each of our eight times:
-
-# %%
-eps = process.predict_noise_from_start(x_t, t, x_0)
-assert_close(eps, noise, rtol=0, atol=1e-3)
-assert_close(process.predict_start_from_noise(x_t, t, noise), x_0, rtol=0, atol=1e-3)
-
-
-# %% [markdown]
-# The tolerance had to be generous, and that is no accident. Solving for $x_0$ divides by $\sqrt{\bar\alpha_t}$, which
-# is nearly 0 at the end; an error in $\epsilon$ comes out multiplied by
-# $\sqrt{(1-\bar\alpha_t)/\bar\alpha_t} = 1/\sqrt{\text{SNR}_t}$. We add an error of 1 to see it.
-
-# %%
-def error_in_x_0(convert, answer):
-    return (convert(x_t, t, answer + 1) - convert(x_t, t, answer)).abs().mean((1, 2, 3))
-
-
-# %%
-from_eps = error_in_x_0(process.predict_start_from_noise, noise)
-from_v = error_in_x_0(process.predict_start_from_v, v)
-assert_close(from_eps, process.signal_to_noise_ratio(t).rsqrt(), rtol=1e-2, atol=0)
-assert_close(from_v, process.sqrt_one_minus_alphas_cumprod[t], rtol=1e-2, atol=0)
-
-# %%
-print("   t   error in x_0 per error in eps   in v")
-for i in (0, 100, 300, 600, 999):
-    print(f"{i:4} {1 / process.signal_to_noise_ratio(torch.tensor([i])).item() ** 0.5:24.2f}"
-          f" {process.sqrt_one_minus_alphas_cumprod[i]:17.2f}")
-
-# %%
-snr = {name: p.signal_to_noise_ratio(every_t) for name, p in processes.items()}
-curves = {f"$\\epsilon$, {name}": s.rsqrt() for name, s in snr.items()}
-curves |= {f"$v$, {name}": (1 + s).rsqrt() for name, s in snr.items()}
-plot_lines(curves, x_label="t", y_label="error in $x_0$ per error in the answer", log_y=True,
-           alt="Error in x_0 per error in the answer, log axis: for eps it climbs to 157 under the linear and to 20,000 "
-           "under the cosine schedule; for v it never exceeds 1")
-
+assert_close(v, cosine.predict_v(x_0, t, noise), rtol=0, atol=1e-4)
+assert_close(cosine.predict_start_from_v(x_t, t, v), x_0, rtol=0, atol=1e-4)
+filmstrip(
+    [x_t, x_0, noise, v],
+    row_labels=["input $x_t$", "target $x_0$", r"target $\epsilon$", "target $v$"],
+    column_labels=[f"t = {i}" for i in t.tolist()],
+    scale=scale * 3 // 4,
+    alt="Input and the three possible targets at five timesteps: x_0 is always the clean flower, "
+    "eps always the same noise, v goes from noise at small t to the flower's negative at large t",
+)
 
 # %% [markdown]
-# At the last step of the linear schedule an error in $\epsilon$ is blown up 157 times, under the cosine schedule 20,000
-# times, while one in $v$ never grows. It is a real difference, because sampling *begins* there. So our profiles predict
-# $v$; and any sampler clamps its guess of $x_0$ to [-1, 1].
+# Four rows of the same information: with the input in hand, any one target gives the others. The
+# difference is what an error of the network does. An error in $\epsilon$ becomes an error in $x_0$
+# that is $\sqrt{(1-\bar\alpha_t)/\bar\alpha_t} = \sigma_t$ times as large, an error in $v$ one that
+# is $\sqrt{1-\bar\alpha_t}$ times as large, and an error in $x_0$ stays what it is.
+
+# %%
+errors = {f"$\\epsilon$, {name}": values.rsqrt() for name, values in snr.items()}
+errors["$v$, cosine"] = cosine.sqrt_one_minus_alphas_cumprod
+errors["$x_0$"] = torch.ones(T)
+plot_lines(
+    errors,
+    x_label="t",
+    y_label="error in $x_0$\nper error in the prediction",
+    log_y=True,
+    alt="Error in x_0 per error in the prediction, log axis: for eps it climbs to 157 under the "
+    "linear and to 20,000 under the cosine schedule; for v it never exceeds 1; for x_0 it is 1",
+)
+
+# %% [markdown]
+# Large as they are, these factors alone do not spoil samples, since one step moves only a small
+# part of the way towards the predicted $x_0$. We come back to that below, when we know what a step
+# is.
+#
+# ### What the series predicts
+#
+# Ho et al. predict $\epsilon$, and it works well for wide networks. But noise has no structure: a
+# network that predicts it has to carry every one of its numbers from input to output. An image is
+# different. It lies near a surface of few dimensions, so a network can say what it is with far
+# fewer numbers. We ask how much of each fits into 100 numbers, the first 100 principal components
+# of 400 flowers, and measure on images that were not among those.
+
+# %%
+seen, unseen = flowers[:400], flowers[400:]
+centre = seen.mean(0)
+_, singular, directions = torch.linalg.svd((seen - centre).flatten(1), full_matrices=False)
+directions, variances = directions[:100], singular[:100] ** 2 / (len(seen) - 1)
+
+
+def share_kept(x):
+    return ((x.flatten(1) @ directions.T) ** 2).sum() / (x**2).sum()
+
+
+noise = torch.randn(unseen.shape, generator=generator)
+print(
+    f"100 of {directions.shape[1]} numbers keep {share_kept(unseen - centre):.0%} of the variance "
+    f"of unseen flowers and {share_kept(noise):.0%} of that of noise"
+)
+
+# %% [markdown]
+# Our networks cut images into patches and have few channels. To predict the noise they would have
+# to pass all of it through their narrow places; the flower goes through easily. So the series
+# predicts $x_0$. (Li & He 2025, "Back to Basics: Let Denoising Generative Models Denoise", make
+# this argument at scale; notebook 03 shows it on patches, and 04 compares all three.)
+#
+# ### The loss counts noise levels
+#
+# Predicting $x_0$ does not commit us to the plain squared error of $x_0$. Subtract a prediction
+# from its target and the conversions above give
+#
+# $$\|\epsilon - \hat\epsilon\|^2 = \text{SNR}_t\,\|x_0 - \hat x_0\|^2, \qquad
+# \|v - \hat v\|^2 = (\text{SNR}_t + 1)\,\|x_0 - \hat x_0\|^2$$
+#
+# so the three losses differ only in how much each noise level counts. We spoil $x_0$ a little and
+# compare:
+
+# %%
+wrong = x_0 + 0.1 * torch.randn(x_0.shape, generator=generator)
+
+
+def squared_error(a, b):
+    return ((a - b) ** 2).mean((1, 2, 3))
+
+
+noise_hat = cosine.predict_noise_from_start(x_t, t, wrong)
+v_hat = cosine.predict_v(wrong, t, noise_hat)
+in_noise = squared_error(noise_hat, same_noise[:5]) / squared_error(wrong, x_0)
+in_v = squared_error(v_hat, v) / squared_error(wrong, x_0)
+ratios = cosine.signal_to_noise_ratio(t)
+for i, a, b, ratio in zip(t.tolist(), in_noise, in_v, ratios, strict=True):
+    print(f"t = {i:3}: eps {a:9.3g}, SNR {ratio:9.3g};  v {b:9.3g}, SNR + 1 {ratio + 1:9.3g}")
+
+# %%
+ratio = torch.logspace(-4, 4, 200)
+weights = {
+    r"$\epsilon$: SNR": ratio,
+    "$v$: SNR + 1": ratio + 1,
+    "$x_0$: 1": torch.ones_like(ratio),
+    "min-SNR-5": ratio.clamp(max=5),
+    f"ours: min(SNR + 1, {profile.max_weight:.0f})": (ratio + 1).clamp(max=profile.max_weight),
+}
+plot_lines(
+    {name: (ratio.log(), weight) for name, weight in weights.items()},
+    x_label="log-SNR",
+    y_label="weight of the squared error in $x_0$",
+    log_y=True,
+    alt="Loss weights against log-SNR, log axis: eps rises as a straight line, v joins it above "
+    "0 and is flat at 1 below, x_0 is flat at 1, min-SNR-5 follows eps up to 5, ours v up to a cap",
+)
+
+
+# %% [markdown]
+# The loss in $\epsilon$ hardly counts the noisy end, where the composition is decided, and counts
+# the clean end without bound. The plain loss in $x_0$ counts everything alike, so fine details,
+# whose errors are small numbers, are neglected. Loss in $v$ is a compromise. Min-SNR (Hang et al.
+# 2023) caps the weight. Our profiles predict $x_0$ and weight its error by SNR + 1, as the loss in
+# $v$ would, with a cap.
 #
 # ## One step back
 #
-# What does it take to undo a single step? If we knew $x_0$, the answer would be exact. $x_{t-1}$ is seen from two
-# sides:
+# What does it take to undo a single step? If we knew $x_0$, we could say exactly how $x_{t-1}$ is
+# distributed, because two facts about it are known:
 #
-# - from the past: $q(x_{t-1} \mid x_0)$ says $\mathcal{N}(\sqrt{\bar\alpha_{t-1}}\,x_0,\ 1-\bar\alpha_{t-1})$, by the
-# jump;
-# - from the future: $x_t = \sqrt{\alpha_t}\,x_{t-1} + \sqrt{\beta_t}\,\epsilon$ puts $x_{t-1}$ at
-# $x_t/\sqrt{\alpha_t}$, with variance $\beta_t/\alpha_t$.
+# - *from the past*: it was made from $x_0$ by the jump, so it follows
+#   $\mathcal{N}(\sqrt{\bar\alpha_{t-1}}\,x_0,\ 1-\bar\alpha_{t-1})$;
+# - *from the future*: it became $x_t = \sqrt{\alpha_t}\,x_{t-1} + \sqrt{\beta_t}\,\epsilon$, which
+#   puts it at $x_t/\sqrt{\alpha_t}$ with variance $\beta_t/\alpha_t$.
 #
-# Bayes multiplies the two, and for normal densities this is easy: the *precisions* (one over the variance) add, and the
-# mean is the average of both means, weighted by precision.
+# Bayes' rule multiplies the two, and for normal densities that is easy: the *precisions* (one over
+# the variance) add, and the mean is the average of both means, weighted by precision.
 
 # %%
-def my_posterior(x_0, x_t, i):
-    past, future = 1 / (1 - alpha_bar[i - 1]), (1 - betas[i]) / betas[i]
+def my_posterior(x_0, x_t, alpha_bar_prev, beta):
+    past, future = 1 / (1 - alpha_bar_prev), (1 - beta) / beta  # precisions
     variance = 1 / (past + future)
-    mean = past * alpha_bar[i - 1].sqrt() * x_0 + future * x_t / (1 - betas[i]).sqrt()
+    mean = past * alpha_bar_prev.sqrt() * x_0 + future * x_t / (1 - beta).sqrt()
     return variance * mean, variance
 
+
+# %%
+a, beta = ten.alphas_cumprod[1], ten.betas[2]  # from t = 1 to t = 2 of the ten large steps
+mine = my_posterior(0.5, -0.8, a, beta)
+theirs = ten.q_posterior_mean_variance(*torch.tensor([[0.5], [-0.8]]), torch.tensor([2]))
+for name, (mean, var) in {"by hand": mine, "package": theirs}.items():
+    print(f"{name}: mean {mean.item():.4f}, variance {var.item():.4f}")
 
 # %% [markdown]
 # Ho et al. state the same as eqs. 6 and 7, with the fractions worked out:
 #
-# $$\tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0 + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t, \qquad \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t$$
+# $$\tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0 +
+# \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t, \qquad
+# \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t$$
+#
+# Derivations can be wrong, so we also try it out. A million pixels start at $x_0 = 0.5$, jump to
+# `t = 1` of the ten large steps and take one more step. Of all that arrive near $-0.8$: where had
+# they been?
 
 # %%
-mean, posterior_variance = process.q_posterior_mean_variance(x_0, x_t, t)
-for k, i in enumerate(t.tolist()):
-    if i > 0:
-        m, s2 = my_posterior(x_0[k], x_t[k], i)
-        assert_close(mean[k], m.float(), rtol=1e-4, atol=1e-5)
-        assert_close(posterior_variance[k].item(), s2.item(), rtol=1e-5, atol=0)
-
-# %% [markdown]
-# At $t = 0$ the past *is* $x_0$: nothing is left to guess, the mean is $x_0$ and the variance 0. That is why samplers
-# add no noise in their last step.
-
-# %%
-assert t[0] == 0 and posterior_variance[0] == 0
-assert_close(mean[0], x_0[0])
-
-# %% [markdown]
-# Derivations can be wrong, so let us also try it out. In the process of ten large steps, a million pixels start at
-# $x_0 = 0.5$ and go to $t = 1$, and from there one step on, to $t = 2$. Of all that arrive near $-0.8$: where had they
-# been?
-
-# %%
-a, b = respaced.alphas_cumprod[1], respaced.betas[2]
 before = 0.5 * a.sqrt() + (1 - a).sqrt() * torch.randn(1_000_000, generator=generator)
-after = (1 - b).sqrt() * before + b.sqrt() * torch.randn(before.shape, generator=generator)
+after = (1 - beta).sqrt() * before + beta.sqrt() * torch.randn(before.shape, generator=generator)
 origin = before[(after + 0.8).abs() < 0.02]
 
 # %%
-m, s2 = respaced.q_posterior_mean_variance(torch.tensor([0.5]), torch.tensor([-0.8]), torch.tensor([2]))
-assert abs(origin.mean() - m) < 0.03 and abs(origin.var() - s2) < 0.03
-plot_histograms({"all": before, "those that arrive at -0.8": origin}, x_label="the pixel's value at t = 1",
-                curves={"eqs. 6 and 7": (axis, density(axis, m, s2))}, size=(720, 260),
-                alt="Two histograms of the pixel before the step: all around 0.4; those that arrive at -0.8 narrower and "
-                "further left, just under the density of eqs. 6 and 7")
-
+narrow = torch.linspace(-3, 2, 400)
+views = {
+    "from the past": density(narrow, 0.5 * a.sqrt(), 1 - a),
+    "from the future": density(narrow, -0.8 / (1 - beta).sqrt(), beta / (1 - beta)),
+    "both: eqs. 6 and 7": density(narrow, *mine),
+}
+plot_histograms(
+    {"tried out": origin},
+    x_label="value of the pixel at t = 1, given that it is -0.8 at t = 2",
+    curves={name: (narrow, values) for name, values in views.items()},
+    alt="The histogram of pixels that arrive at -0.8 lies just under the density of eqs. 6 and 7, "
+    "which is narrower than those from past and future and stands between them",
+)
 
 # %% [markdown]
-# ## Equation 11, and a classic bug
+# At the very last step back, from `t = 0` to $x_0$, the past *is* $x_0$: the mean is $x_0$ and the
+# variance 0. That is why samplers add no noise in their last step.
 #
-# A sampler has no $x_0$, only a network's guess. If the network says $\epsilon$, we can put
-# $x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$ into $\tilde\mu_t$, and it simplifies to eq. 11:
+# ### Equation 11, and what errors do
 #
-# $$\tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}\left(x_t - \frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon\right)$$
-
-# %%
-def eq_11(x_t, t, eps, root):
-    beta, sigma = (table[t].view(-1, 1, 1, 1) for table in (process.betas, process.sqrt_one_minus_alphas_cumprod))
-    return (x_t - beta / sigma * eps) / root[t].view(-1, 1, 1, 1)
-
-
-# %%
-guess = process.predict_start_from_noise(x_t, t, noise)
-mean, _ = process.q_posterior_mean_variance(guess, x_t, t)
-assert_close(eq_11(x_t, t, noise, process.alphas.sqrt()), mean, rtol=1e-3, atol=1e-4)
-
-# %% [markdown]
-# The root is $\sqrt{\alpha_t}$: only *one* step's shrinking is undone. Write $\sqrt{\bar\alpha_t}$ by mistake, a slip
-# of one stroke, and all steps' shrinking is undone at once. The code runs; the pictures are noise. At $t = 999$
-# everything is too large by
-
-# %%
-wrong = eq_11(x_t, t, noise, process.sqrt_alphas_cumprod)
-factor = wrong.std((1, 2, 3)) / mean.std((1, 2, 3))
-print(f"a factor of {factor[t == 999].item():.0f}")
-assert 155 < factor[t == 999] < 157
-
-# %% [markdown]
-# ## A rehearsal
+# A sampler has no $x_0$, only a network's prediction of it. If the network predicts $\epsilon$,
+# insert $x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$ into $\tilde\mu_t$, and
+# it simplifies to eq. 11:
 #
-# We can already run the whole process backwards, without any network, if we pretend that flowers are normally
-# distributed: a mean picture, and some variance along each of their first hundred principal components.
+# $$\tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}
+# \left(x_t - \frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon\right)$$
+#
+# Now we can say what an error in the prediction does to *one step*: in $\epsilon$ it is multiplied
+# by $\beta_t/\sqrt{\alpha_t(1-\bar\alpha_t)}$, in $x_0$ by the first coefficient of eq. 7, in $v$
+# by that coefficient times $\sqrt{1-\bar\alpha_t}$. This is the factor at the first step of
+# sampling, $t = T - 1$:
 
 # %%
-centre = flowers.mean(0)
-_, singular, components = torch.pca_lowrank(flowers.flatten(1), q=100)
-variances = singular**2 / (len(flowers) - 1)
+print("schedule  steps     eps       v     x_0")
+for name, p in processes.items():
+    for steps in (1000, 100, 10):
+        q = p.respace(steps)
+        x_0_factor = q.posterior_mean_coef1[-1]
+        noise_factor = q.betas[-1] / (q.alphas[-1].sqrt() * q.sqrt_one_minus_alphas_cumprod[-1])
+        v_factor = x_0_factor * q.sqrt_one_minus_alphas_cumprod[-1]
+        print(f"{name:9} {steps:5} {noise_factor:7.2f} {v_factor:7.4f} {x_0_factor:7.4f}")
 
 
 # %% [markdown]
-# For such data the best possible guess of $x_0$ is known, by Bayes once more: along a component of variance $\lambda$ it is
-# the mean plus $\frac{\sqrt{\bar\alpha_t}\,\lambda}{\bar\alpha_t\lambda + 1 - \bar\alpha_t}$
-# times the deviation of $x_t$ from its own mean.
+# With Ho et al.'s thousand linear steps an error in $\epsilon$ is harmless: a factor of 0.02,
+# although it was 157 for $x_0$. It is the cosine schedule's clamped last step, and any schedule
+# sampled in few steps, that turn it into a problem. Errors in $v$ and $x_0$ are never amplified. In
+# practice samplers also clamp the predicted $x_0$ to $[-1, 1]$, which repairs the worst.
+#
+# ## A rehearsal without a network
+#
+# We can already run the whole process backwards if we pretend that flowers are *Gaussian*: a mean
+# image, and the variances along the 100 principal components that we found above. For such data the
+# best prediction of $x_0$, its conditional mean given $x_t$, follows from Bayes' rule once more.
+# Along a component of variance $\lambda$ it is the mean plus
+#
+# $$\frac{\sqrt{\bar\alpha_t}\,\lambda}{\bar\alpha_t\lambda + 1 - \bar\alpha_t}$$
+#
+# times the deviation of $x_t$ from its own mean, $\sqrt{\bar\alpha_t}$ times the mean image.
 
 # %%
-def best_guess(x_t, a):
-    deviation = (x_t - a.sqrt() * centre).flatten(1) @ components
+def gaussian_prediction(x_t, a):
+    deviation = (x_t - a.sqrt() * centre).flatten(1) @ directions.T
     gain = a.sqrt() * variances / (a * variances + 1 - a)
-    return centre + (deviation * gain @ components.T).view_as(x_t)
+    return centre + (deviation * gain @ directions).view_as(x_t)
 
+
+x_t = films[0]
+predicted = [
+    gaussian_prediction(x[None], a)[0]
+    for x, a in zip(x_t, linear.alphas_cumprod[columns], strict=True)
+]
+filmstrip(
+    [x_t, predicted],
+    row_labels=["$x_t$", "predicted $x_0$"],
+    column_labels=[f"t = {t}" for t in columns.tolist()],
+    alt="Above, the flower dissolving; below, the prediction: close to the flower at small t, more "
+    "and more blurred, and the mean of all flowers at the end",
+)
+
+
+# %% [markdown]
+# The noisier the input, the vaguer the prediction, until it is the average flower. That is not a
+# weakness of the Gaussian: the best prediction of something uncertain is an average. Sampling gets
+# sharper images all the same, since it predicts, goes one step back with eqs. 6 and 7, and predicts
+# again.
 
 # %%
 def walk_back(process, x):
-    for i in reversed(range(process.timesteps)):
-        guess = best_guess(x, process.alphas_cumprod[i])
-        mean, variance = process.q_posterior_mean_variance(guess, x, torch.full((len(x),), i))
-        x = mean + variance.sqrt() * torch.randn(x.shape, generator=generator)
+    for t in reversed(range(process.timesteps)):
+        x_0_hat = gaussian_prediction(x, process.alphas_cumprod[t])
+        mean, var = process.q_posterior_mean_variance(x_0_hat, x, torch.full((len(x),), t))
+        x = mean + var.sqrt() * torch.randn(x.shape, generator=generator)
     return x
 
 
 # %%
-start = torch.randn(32, *flower.shape[1:], generator=generator)
-walks = {"1000 steps": process.respace(100), "10 of the 1000": respaced, "10 small steps": ten}
-dreams = {name: walk_back(p, start) for name, p in walks.items()}
-
-# %%
-filmstrip([x[:6] for x in dreams.values()], row_labels=dreams,
-          alt="Six pictures each: blurred but colourful flowers on dark green from 1000 steps, softer ones from 10 of "
-          "them; grey speckled discs from the 10 small steps")
-
-# %% [markdown]
-# The first row (for speed it visits 100 of the 1000 times) is as good as "normally distributed flowers" can be: ghosts,
-# but with a flower's place, colours and background. A network will do better, since it need not pretend. The second row
-# takes only ten steps, but ten that reach noise: softer, still flowers.
-#
-# The third row had the same perfect knowledge and the same starting noise. But its ten small steps never reach noise,
-# so they expect a start that is 95 % flower, look for one in the speckles, and keep what they find. Even the brightness
-# is wrong. Half of the data's mean brightness is a wide margin:
-
-# %%
-goal = flowers.mean()
-for name, x in dreams.items():
-    found = abs(x.mean() - goal) < abs(goal) / 2
-    print(f"{name}: the brightness of flowers is {'found' if found else 'missed'}")
-    assert found == (name != "10 small steps")
+start = torch.randn(64, *flower.shape[1:], generator=generator)
+walks = {"1000 steps": linear, "10 of the 1000": ten, "10 small steps": ten_small}
+samples = {name: walk_back(p, start) for name, p in walks.items()}
+filmstrip(
+    [x[:6] for x in samples.values()],
+    row_labels=samples,
+    alt="Six samples each: blurred but colourful flowers on dark green from 1000 steps, softer "
+    "ones from 10 of them; grey speckled discs from the 10 small steps",
+)
 
 # %% [markdown]
-# ## A trap in sixteen bits
-#
-# On a GPU networks run in bfloat16, which keeps 8 significant bits. In such numbers nothing lies between 0.996 and 1,
-# so the first $\bar\alpha_t$ all round to 1, and code that computes $1-\bar\alpha_t$ from them adds no noise at all:
+# The first row is as good as "Gaussian flowers" can be: blurred shapes, but with a flower's place,
+# colours and background. The second takes only ten steps, but ten that reach noise: softer, still
+# flowers. The third has the same perfect knowledge of the Gaussian and the same starting noise. But
+# its ten small steps never reach noise, so it expects an $x_T$ that is 95 % flower, looks for one
+# in the noise, and keeps what it finds. Even the brightness is wrong:
 
 # %%
-for name, p in processes.items():
-    silent = [int((1 - p.alphas_cumprod.to(dtype) == 0).sum()) for dtype in (torch.bfloat16, torch.float16)]
-    print(f"{name}: no noise in the first {silent[0]} steps in bfloat16, {silent[1]} in float16")
-
-# %% [markdown]
-# Hence the rule: the tables stay in float32, and only the network may run in 16 bits. The helper's `q_sample` answers
-# in float32 even if it is handed 16-bit pictures in the middle of an autocast region.
-
-# %%
-with torch.autocast("cpu", dtype=torch.bfloat16):
-    x_t16 = process.q_sample(x_0.bfloat16(), t, noise.bfloat16())
-assert x_t16.dtype == torch.float32
-assert (x_t16[0] - x_0[0].bfloat16()).std() > 0.009  # at t = 0 there is noise: sqrt(1e-4) = 0.01
-
-# %% [markdown]
-# ## Off by one
-#
-# The papers count $t = 1..T$, the code counts 0 to $T-1$. Passing the paper's $T$ would read past the end of a table;
-# passing $-1$ would quietly read the *last* entry. The helper accepts neither.
-
-# %% tags=["raises-exception"]
-process.q_sample(x_0[:1], torch.tensor([T]), noise[:1])
-
-# %% tags=["raises-exception"]
-process.q_sample(x_0[:1], torch.tensor([-1]), noise[:1])
+print(f"mean of the flowers: {flowers.mean():.2f}")
+for name, x in samples.items():
+    print(f"{name:>19}: {x.mean():z.2f}")
 
 # %% [markdown]
 # ## What you know now
 #
-# - A step shrinks and adds noise, so that variance 1 stays 1; all steps together are one jump (eq. 4).
-# - A schedule is judged by its SNR, and must end in noise: $\bar\alpha_T < 10^{-3}$.
-# - $\epsilon$, $x_0$ and $v$ say the same, but errors in $\epsilon$ explode where sampling begins.
-# - Given $x_0$, the step back is exact: two normal densities multiplied (eqs. 6 and 7).
+# - A step shrinks and adds noise, so that variance 1 stays 1; all steps together are one jump (eq.
+#   4).
+# - A schedule distributes the steps over noise levels, and must end in noise:
+#   $\bar\alpha_T < 10^{-3}$.
+# - $\epsilon$, $x_0$ and $v$ carry the same information; their losses differ by a weight, a
+#   function of the SNR. This series predicts $x_0$.
+# - Given $x_0$, the step back is exact: two normal densities multiplied (eqs. 6 and 7). In place of
+#   $x_0$ a sampler uses a prediction, and even a Gaussian's prediction gives flowers of sorts.
 #
-# Only $x_0$ is missing: somebody has to guess it from $x_t$. Before we build that somebody, three exercises.
+# Notebook 03 builds the network that makes a better prediction, and 04 trains it.
 #
 # ## Your turn
 #
-# **1. Halfway.** At which $t$ does the noise first outweigh the signal, SNR < 1, under each schedule? Replace the
-# zeros.
+# Replace `None` or `...` and run the cell; it says whether you are right.
+#
+# **1. Halfway.** At which `t` of the cosine schedule does noise first outweigh signal, SNR < 1?
 
 # %% tags=["exercise"]
-halfway = {"linear": 0, "cosine": 0}
+halfway = None
+
+check(
+    "exercise 1",
+    halfway,
+    lambda t: snr["cosine"][int(t) - 1] > 1 > snr["cosine"][int(t)],
+    hint="snr['cosine'][t] is the SNR at t.",
+)
 
 
 # %% [markdown]
-# **2. A hundred steps.** Write a linear schedule for any $T$ whose $\bar\alpha_T$ stays below $10^{-3}$ at $T = 100$.
-# The one below does not: how much signal does it leave?
+# <details><summary>Solution</summary>
+#
+# ```python
+# halfway = int((snr["cosine"] > 1).sum())
+# ```
+#
+# The steps with SNR > 1 come first, so their number is the first `t` without: 496, in the middle.
+# The linear schedule gets there after a quarter of its steps, at 259.
+# </details>
+#
+# **2. A hundred steps.** Write a linear schedule for any $T$: at $T = 1000$ it is Ho et al.'s, and
+# at $T = 100$ its $\bar\alpha_T$ stays below $10^{-3}$.
 
 # %% tags=["exercise"]
-def my_linear_schedule(T):
-    return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+def my_linear_schedule(T): ...
 
 
-print(f"alpha_bar_T = {torch.cumprod(1 - my_linear_schedule(100), 0)[-1]:.3f}")
+check(
+    "exercise 2",
+    my_linear_schedule(100),
+    lambda b: (
+        len(b) == 100
+        and torch.cumprod(1 - b, 0)[-1] < 1e-3
+        and torch.allclose(my_linear_schedule(1000), betas)
+    ),
+    hint="Fewer steps must each add more noise.",
+)
 
 # %% [markdown]
-# **3. Larger pictures.** Enlarge the flower to twice its side, add noise at $t = 499$, then average every 2 x 2 pixels.
-# Compare it with the small flower at the same $t$. What does the averaging do to the SNR, and what does that say about
-# using one schedule for all sizes?
+# <details><summary>Solution</summary>
+#
+# ```python
+# def my_linear_schedule(T):
+#     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+# ```
+#
+# Then the sum of the betas, and with it roughly $\log\bar\alpha_T$, stays the same.
+# </details>
+#
+# **3. Larger images.** Enlarge the flower to twice its side (every pixel becomes 2 x 2 equal ones),
+# add noise at some `t`, then average every 2 x 2 pixels. By which factor has the SNR changed?
 
 # %% tags=["exercise"]
-large = interpolate(flower, scale_factor=2)  # every pixel becomes 2 x 2 equal ones
-print(tuple(large.shape))
+factor = None
+
+check("exercise 3", factor, 4, tolerance=0.5, hint="What is the variance of a mean of four noises?")
 
 # %% [markdown]
-# ## Solutions
+# <details><summary>Solution</summary>
 #
-# **1.** Count the steps with SNR > 1; they come first, so their number is the first $t$ without.
-
-# %% tags=["solution"]
-halfway = {name: int((p.signal_to_noise_ratio(every_t) > 1).sum()) for name, p in processes.items()}
-print(halfway)
-for name, p in processes.items():
-    before, after = p.alphas_cumprod[halfway[name] - 1], p.alphas_cumprod[halfway[name]]
-    assert before > 0.5 > after  # SNR = 1 where alpha_bar = 1/2
-
-
-# %% [markdown]
-# The linear schedule is through after a quarter of its steps, the cosine schedule in the middle.
+# Averaging leaves the equal pixels as they are, but the mean of four independent noises has a
+# quarter of their variance, so the SNR is 4 times as high. Try it:
 #
-# **2.** Fewer steps, each as much larger: scale both ends by $1000/T$.
-
-# %% tags=["solution"]
-def my_linear_schedule(T):
-    return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-
-
-assert torch.cumprod(1 - my_linear_schedule(100), 0)[-1] < 1e-3
-assert_close(my_linear_schedule(100), linear_beta_schedule(100))
-
-# %% [markdown]
-# **3.** Averaging leaves equal pixels as they are, but the mean of four independent noises has a quarter of their
-# variance. The SNR is four times as high.
-
-# %% tags=["solution"]
-p, t_499 = processes["cosine"], torch.tensor([499])
-noisy = p.q_sample(flower, t_499, torch.randn(flower.shape, generator=generator))
-averaged = avg_pool2d(p.q_sample(large, t_499, torch.randn(large.shape, generator=generator)), 2)
-signal = p.sqrt_alphas_cumprod[499] * flower
-ratio = (noisy - signal).var() / (averaged - signal).var()
-assert 3.4 < ratio < 4.6
-
-# %% tags=["solution"]
-image_grid(torch.cat([noisy, averaged]), scale=128 // profile.image_size,
-           column_labels=["small", "large, averaged"],
-           alt="The small noisy flower, and the averaged large one, which is much clearer at the same t")
-
-# %% [markdown]
-# The same $t$ is easier in a larger picture, where neighbours tell of each other. A schedule that is right for 32 x 32
-# pixels destroys too little at 256 x 256; larger pictures want noisier schedules (Hoogeboom et al. 2023, "simple
-# diffusion", shift the SNR by just this factor).
+# ```python
+# import torch.nn.functional as F
 #
-# Next: in [notebook 03](03_unet.ipynb) we build the network that makes the guess.
+# large = F.interpolate(flower, scale_factor=2)
+# noisy = cosine.q_sample(large, torch.tensor([499]), torch.randn(large.shape))
+# remaining = F.avg_pool2d(noisy, 2) - cosine.sqrt_alphas_cumprod[499] * flower
+# factor = cosine.sqrt_one_minus_alphas_cumprod[499] ** 2 / remaining.var()
+# ```
+#
+# The same `t` is easier in a larger image, because neighbouring pixels tell of each other. A
+# schedule that is right for 32 x 32 pixels destroys too little at 256 x 256; Hoogeboom et al. 2023,
+# "simple diffusion", shift the SNR by just this factor.
+# </details>
+#
+# **4. Sixteen bits.** GPUs run networks in bfloat16, which has 8 significant bits. If the table
+# $\bar\alpha_t$ were kept in bfloat16 too, how many of the linear schedule's first steps would add
+# no noise at all?
+
+# %% tags=["exercise"]
+silent = None
+
+check(
+    "exercise 4",
+    silent,
+    lambda n: (
+        int((1 - alpha_bar[: int(n)].bfloat16()).count_nonzero()) == 0
+        and alpha_bar[int(n)].bfloat16() < 1
+    ),
+    hint="tensor.bfloat16() rounds; 1 - alpha_bar is the variance of the noise.",
+)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# silent = int((1 - alpha_bar.bfloat16() == 0).sum())
+# ```
+#
+# In bfloat16 nothing lies between 0.996 and 1, so the first 10 values of $\bar\alpha_t$ round to 1.
+# Hence the rule: the tables and `q_sample` stay in float32, and only the network runs in 16 bits.
+# </details>
+#
+# Next: [03_unet](03_unet.ipynb) builds the network that predicts $x_0$.

@@ -16,12 +16,15 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/03_unet.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/03_unet.ipynb)
 #
-# **What you'll do**: build the UNet piece by piece, and prove each piece equal to the one in `noisout_nb/unet.py`.
+# **What you'll do**: build a UNet from its pieces, load trained weights into it, and generate
+# flowers with it.
 #
-# **What you'll learn**: how a network can know what time it is, what holds a deep stack of blocks together, how distant parts of a picture talk to
-# each other, and where parameters and computing time go.
+# **What you'll learn**: how a network is told the timestep, what keeps a deep stack of blocks
+# stable, how distant parts of an image exchange information, why patches go together with
+# predicting $x_0$, and where parameters and computing time go.
 #
-# **What you need**: notebook 02 and some PyTorch (convolutions, modules). Half a minute on two CPU cores.
+# **What you need**: notebook 02 and some PyTorch (convolutions, modules). Half a minute on two CPU
+# cores.
 
 # %%
 import sys
@@ -29,46 +32,109 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    subprocess.run(
+        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+        shell=True,
+        check=True,
+    )
     sys.path.insert(0, "noisOut")
 
 # %%
 import math
+from types import SimpleNamespace
 
 import ipywidgets as widgets
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from noisout_nb.data import load_data
-from noisout_nb.display import Explorer, Picture, image_grid, plot_lines, stack
+from noisout_nb.checkpoints import load_pretrained
+from noisout_nb.data import load_data, species_labels
+from noisout_nb.diagram import draw_unet, unet_layers
+from noisout_nb.exercises import check
+from noisout_nb.figures import Picture, filmstrip, image_grid, plot_bars, plot_lines, stack
+from noisout_nb.generate import sample_image
+from noisout_nb.guidance import ClassifierFreeGuidance
 from noisout_nb.profiles import PROFILES, get_profile
 from noisout_nb.sampling import sample
-from noisout_nb.training import load_model
 from noisout_nb.unet import (
-    AttentionBlock, Block, Downsample, ResBlock, SinusoidalPositionEmbeddings, UNet, Upsample, group_norm,
-)  # fmt: skip
+    AttentionBlock,
+    ResBlock,
+    SinusoidalPositionEmbeddings,
+    UNet,
+    group_norm,
+    zero_init,
+)
+from noisout_nb.widgets import Explorer
 
+# %%
 torch.manual_seed(0)
 profile = get_profile()
-
 
 # %% [markdown]
 # ## The job
 #
-# Sampling asks the same question a thousand times: *here is a noisy picture $x_t$ and the time $t$; what is the noise in it?* The answer has
-# the shape of the picture. So the network maps (3, H, W) to (3, H, W), and must do two things at once: see the whole (is this a flower, where is its
-# middle?) and keep every pixel in its place. A **UNet** does: it halves the picture again and again to see the whole, doubles it back, and carries the details across by
-# *skip connections*.
+# Sampling calls the network again and again with the same request: *given a noisy image $x_t$, the
+# timestep $t$ and perhaps a label $y$, predict the clean image $x_0$*. We begin at the end, with a
+# network that has learned it: the repository ships weights trained on photographs of flowers (64 x
+# 64 pixels). Here it generates a sunflower; then we add noise to that sunflower and ask for it
+# back.
+
+# %%
+trained, process, classes = load_pretrained(PROFILES["flowers64"])
+label = species_labels("sunflower", classes)
+flower = sample_image("sunflower", seed=1)
+
+# %%
+t = torch.tensor([99, 299, 499, 699, 899])
+noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+x_t = process.q_sample(flower.expand(5, -1, -1, -1), t, noise)
+with torch.no_grad():
+    predicted = process.predict_start(x_t, t, trained(x_t, t, label.expand(5)))
+filmstrip(
+    [x_t, predicted],
+    row_labels=["input $x_t$", "predicted $x_0$"],
+    column_labels=[f"t = {i}" for i in t.tolist()],
+    alt="A generated sunflower with ever more noise, and below what the trained network predicts: "
+    "sharp at t = 99, smoother further on, an average sunflower at t = 899",
+)
 
 # %% [markdown]
-# ## What time is it?
+# Input and output have the same shape, (3, H, W), and the network must do two things at once: see
+# the whole (is there a flower, and where is its centre?) and keep every pixel in its place. A
+# **UNet** does both. It halves the resolution again and again to see the whole, doubles it back,
+# and carries the details across by *skip connections*.
 #
-# A thousand integers $t$ must become something that a network can use. One number would hardly do: the difference between $t=3$ and $t=4$ would be a thousandth of the
-# input's range. The answer is older than diffusion (Vaswani et al. 2017): a row of clocks. Each turns at its own speed, the first by one radian a step, the last by a ten-thousandth; a
-# sine and a cosine read each of them.
+# ## The map
+#
+# This is the network of our profile, drawn from the network itself. Each box is a layer, with its
+# number of output channels; each row is one resolution.
+
+# %% tags=["cover"]
+model = UNet(**profile.network, num_classes=6)
+draw_unet(model)
+
+
+# %% [markdown]
+# Follow the arrows: from $x_t$ down on the left, through the middle, up on the right. Encoder
+# outputs are pushed onto a stack, and decoder blocks pop them (dashed): the last one pushed is
+# popped first. Timestep and label become one vector, the *embedding*, which enters every residual
+# block (brown).
+#
+# We build the parts in the order in which they appear, then put them together.
+#
+# ## Position embeddings: which timestep?
+#
+# An integer $t$ has to become something that a network can use. A single number will hardly do:
+# scaled to $[0, 1]$, the timesteps $t = 3$ and $t = 4$ would differ by a thousandth. The usual
+# solution is older than diffusion (Vaswani et al. 2017): sines and cosines of many frequencies,
+# from 1 radian per timestep down to one ten-thousandth,
+#
+# $$\text{emb}(t) = [\sin \omega_0 t, \dots, \sin \omega_k t,\
+# \cos \omega_0 t, \dots, \cos \omega_k t], \qquad \omega_i = 10000^{-i/k}$$
 
 # %%
 def my_embeddings(t, dim):
@@ -78,432 +144,680 @@ def my_embeddings(t, dim):
 
 
 t = torch.arange(1000)
-embeddings = SinusoidalPositionEmbeddings(64)(t)
-assert_close(my_embeddings(t, 64), embeddings, atol=1e-3, rtol=0)
-
-# %% [markdown]
-# Implementations differ in the order of sines and cosines and in the frequencies, and then trained weights are not interchangeable. So we pin it to values that
-# anyone can compute: all sines of $t=0$ are 0 and all cosines 1; at $t=1$ the first clock reads $\sin 1$, the last one $\cos 0.0001$.
+embeddings = my_embeddings(t, 64)
+assert_close(embeddings, SinusoidalPositionEmbeddings(64)(t), atol=1e-3, rtol=0)
 
 # %%
-assert_close(embeddings[0], torch.cat([torch.zeros(32), torch.ones(32)]))
-assert_close(embeddings[1, [0, 63]], torch.tensor([math.sin(1), math.cos(1e-4)]))
-
-# %%
-image_grid(embeddings[:200].T[None, None], scale=3, arrow="t = 0 to 199", alt="Embeddings of t = 0 to 199, a column each: stripes that are fast in the first channels and ever slower further on, sines above cosines")
+figure = Figure(figsize=(7.2, 3))
+axes = figure.add_subplot(xlabel="timestep t", ylabel="channel", yticks=[0, 16, 32, 48])
+axes.set_title("sines (channels 0 to 31) above, cosines (32 to 63) below", fontsize=10)
+image = axes.imshow(embeddings[:200].T, aspect="auto", cmap="RdBu", interpolation="nearest")
+figure.colorbar(image, label="value")
+Picture.from_figure(
+    figure,
+    "Embeddings of t = 0 to 199 as a heat map: in both halves the first channels change sign every "
+    "few timesteps, the last ones hardly change; sines begin at 0, cosines at 1",
+    bbox_inches="tight",
+)
 
 # %% [markdown]
-# Two times that are close have similar embeddings, two that are far do not. That is what the network will need: it behaves alike at $t = 500$ and $t = 501$.
+# The fast channels tell neighbours apart, the slow ones say roughly where we are. How similar are
+# two timesteps? Since $\sin a \sin b + \cos a \cos b = \cos(a - b)$, the similarity depends only on
+# the distance between them:
 
 # %%
 similarity = F.cosine_similarity(embeddings[500:501], embeddings)
-plot_lines({"similarity": similarity}, x_label="t", y_label="cosine similarity with t = 500", vlines={"500": 500},
-           alt="Cosine similarity with the embedding of t = 500: a sharp peak of 1 at 500, falling off to both sides")
+plot_lines(
+    {"similarity": similarity},
+    x_label="timestep t",
+    y_label="cosine similarity with t = 500",
+    size=(720, 260),
+    alt="Cosine similarity with t = 500: a sharp peak of 1 at 500, below 0.7 within ten timesteps, "
+    "about 0.45 at a distance of 100, then a ripple between 0.1 and 0.5 with little trend",
+)
+
 
 # %% [markdown]
-# A trap: the clocks are made for integers up to a thousand. Fed with $t/T$ in $[0, 1]$, most of them hardly move:
-
-# %%
-squeezed = SinusoidalPositionEmbeddings(64)(t / 1000)
-moving = (squeezed.amax(0) - squeezed.amin(0) > 0.1).sum(), (embeddings.amax(0) - embeddings.amin(0) > 0.1).sum()
-print(f"channels that move by more than 0.1: {moving[0]} of 64 for t in 0..1, {moving[1]} of 64 for t in 0..999")
-assert moving[0] < moving[1] / 2
-
-# %% [markdown]
-# ## A block that cannot do harm
+# Neighbours are alike, which is what the network needs: it should behave alike at $t = 500$ and
+# $t = 501$. Beyond a hundred timesteps or so the curve is mostly ripple: $t = 990$ is about as
+# similar to 500 as $t = 600$ is. So the embedding says "near" well and "how far" badly. Working out
+# what a timestep means is left to the layers that follow.
 #
-# Most of the network is one kind of block: normalise, bend (SiLU), convolve, twice, and *add* the result to the input. Its second convolution starts with all weights
-# zero. So every block begins as "change nothing": a deep stack of them starts as the identity, neither blowing up nor wiping out what goes through it, and each block
-# learns what to add.
-
-# %%
-block = ResBlock(32, 32, emb_channels=128)
-x, emb = torch.randn(2, 32, 8, 8), torch.randn(2, 128)
-assert torch.equal(block(x, emb), x)
-
-
-# %% [markdown]
-# The time enters in the middle: from the embedding, a linear layer makes a *scale* and a *shift* for each channel. Dhariwal & Nichol (2021, sec. 3) call this adaptive group
-# normalisation, and found it better than adding the embedding, as Ho et al. had done. To see it work, the zeros must go.
-
-# %%
-def my_block(block, x, emb):
-    h = block.conv1(F.silu(block.norm1(x)))
-    scale, shift = block.emb_proj(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
-    h = block.norm2(h) * (1 + scale) + shift
-    return x + block.conv2(F.silu(h))
-
-
-torch.nn.init.normal_(block.conv2.weight, std=0.05)
-assert_close(my_block(block, x, emb), block(x, emb))
-assert not torch.allclose(block(x, emb), block(x, -emb)), "another time, another answer"
-
-# %% [markdown]
-# *Group* normalisation does not look at the other pictures of the batch, as BatchNorm would: a sampled picture must not depend on its neighbours. The number of groups has to divide the
-# channels, also where these are few, and a group should hold more than one channel, or it would wipe out how bright the picture is.
-
-# %%
-for channels in (4, 12, 32, 64, 128, 192):
-    norm = group_norm(channels)
-    print(f"{channels:3} channels: {norm.num_groups:2} groups of {channels // norm.num_groups}")
-alone, among_others = norm(x := torch.randn(1, 192, 4, 4)), norm(torch.cat([x, 5 * torch.randn(3, 192, 4, 4)]))[:1]
-assert_close(alone, among_others)
-
-
-# %% [markdown]
-# ## Distant petals talk to each other
+# ## The residual block
 #
-# A convolution of 3 x 3 sees a pixel and its eight neighbours. That the left petal has the colour of the right one takes *attention*: each position asks a question (query), each offers a
-# key and a value, and everyone receives a mixture of all values, weighed by how well key and query agree. Several heads do so side by side.
+# Most of the network is one kind of block: norm, SiLU, conv, twice, and the result is *added* to
+# the input. The embedding enters in the middle. A linear layer turns it into a *scale* and a
+# *shift* for each channel; Dhariwal & Nichol (2021, sec. 3) call this adaptive group normalisation.
+# (The package's block has dropout as well, which is active in training only; we leave it out.)
 
 # %%
-def my_attention(block, x):
-    b, c, height, width = x.shape
-    q, k, v = block.qkv(block.norm(x)).flatten(2).reshape(b, 3, block.heads, c // block.heads, -1).unbind(1)
-    weights = torch.softmax(q.transpose(2, 3) @ k / math.sqrt(c // block.heads), dim=-1)  # (b, heads, from, to)
-    mixture = (v @ weights.transpose(2, 3)).reshape(b, c, height, width)
-    return x + block.proj(mixture)
+class MyResBlock(nn.Module):
+    def __init__(self, in_channels, out_channels, emb_channels):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb_proj = nn.Linear(emb_channels, 2 * out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.emb_proj(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
 
 
-attention, x = AttentionBlock(64, head_channels=32), torch.randn(2, 64, 8, 8)
-torch.nn.init.normal_(attention.proj.weight, std=0.05)
-assert_close(my_attention(attention, x), attention(x), atol=1e-5, rtol=1e-4)
+# %%
+x, emb = torch.randn(8, 32, 8, 8), torch.randn(8, 128)
+print("a new block changes its input:", not torch.equal(MyResBlock(32, 32, 128)(x, emb), x))
+
 
 # %% [markdown]
-# Attention knows nothing of places: shuffle the positions, and the answer is shuffled alike. What it does know of them comes from the convolutions around it.
+# Two choices deserve a word. **Group** normalisation does not look at the other images of the
+# batch, as BatchNorm would; a sample must not depend on its neighbours. And the second convolution
+# starts at **zero** (`zero_init`): every new block is the identity, and learns what to add. That
+# matters when many are stacked. We send an image through forty untrained blocks, with and without
+# it:
 
 # %%
-order = torch.randperm(64)
-shuffled = x.flatten(2)[:, :, order].view_as(x)
-assert_close(attention(shuffled).flatten(2), attention(x).flatten(2)[:, :, order], atol=1e-5, rtol=1e-4)
+def spread_by_depth(init):
+    h, spread = x, [x.std()]
+    for _ in range(40):
+        block = MyResBlock(32, 32, 128)
+        init(block.conv2)
+        with torch.no_grad():
+            h = block(h, emb)
+        spread.append(h.std())
+    return torch.stack(spread)
+
+
+# %%
+plot_lines(
+    {
+        "second convolution zero": spread_by_depth(zero_init),
+        "PyTorch's default": spread_by_depth(nn.Conv2d.reset_parameters),
+    },
+    x_label="number of blocks",
+    y_label="standard deviation",
+    size=(720, 240),
+    alt="Standard deviation against depth: flat at 1 with zero initialisation, growing to 2.6 "
+    "without",
+)
 
 
 # %% [markdown]
-# Each of the $n = h \cdot w$ positions looks at all others, so the cost grows with $n^2$: twice the side, sixteen times the work. That is why attention sits at the
-# small levels only.
+# ## Attention: distant petals exchange information
+#
+# A 3 x 3 convolution sees a pixel and its eight neighbours. For the left petal to have the colour
+# of the right one, the network has *attention*: each position sends out a query, each offers a key
+# and a value, and every position receives an average of all values, weighted by how well its query
+# matches their keys. Several heads do so in parallel.
 
 # %%
-def flops(function, *inputs):
+class MyAttention(nn.Module):
+    def __init__(self, channels, head_channels=32):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def weights_and_values(self, x):
+        b, c, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, height * width)
+        q, k, v = qkv.unbind(1)  # each (b, heads, head_channels, positions)
+        weights = torch.softmax(q.transpose(2, 3) @ k / math.sqrt(q.shape[2]), dim=-1)
+        return weights, v  # weights: (b, heads, to, from), each row sums to 1
+
+    def forward(self, x):
+        weights, v = self.weights_and_values(x)
+        return x + self.proj((v @ weights.transpose(2, 3)).reshape(x.shape))
+
+
+# %% [markdown]
+# An untrained block attends to nothing in particular, so we load the weights of a trained one: the
+# last attention on the way up, at 8 x 8 positions. Its input comes from a hook while the trained
+# network looks at the noisy sunflower. Below, three positions (white squares) and what each attends
+# to, as the average of the heads.
+
+# %%
+block = [module for module in trained.up.modules() if isinstance(module, AttentionBlock)][-1]
+seen = []
+hook = block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+with torch.no_grad():
+    trained(x_t[1:2], torch.tensor([299]), label)
+hook.remove()
+
+mine = MyAttention(seen[0].shape[1])
+mine.load_state_dict(block.state_dict())
+with torch.no_grad():
+    assert_close(mine(seen[0]), block(seen[0]), atol=1e-4, rtol=1e-4)
+    weights = mine.weights_and_values(seen[0])[0].mean((0, 1))  # over the heads: (to, from)
+
+print("attention weights:", tuple(weights.shape), f"each row sums to {weights[0].sum():.2f}")
+
+# %%
+side = seen[0].shape[-1]  # positions in a row
+p = 64 // side  # pixels of a position
+asking, attended = [], []
+for row, column in ((3 * side // 8, 3 * side // 8), (3 * side // 8, side // 8), (0, 0)):
+    marked = flower[0].clone()
+    square = marked[:, row * p : row * p + p, column * p : column * p + p]
+    inner = square[:, 1:-1, 1:-1].clone()
+    square.fill_(1)
+    square[:, 1:-1, 1:-1] = inner
+    asking.append(marked)
+    light = weights[row * side + column].view(1, 1, side, side)
+    light = F.interpolate(light / light.max(), size=64)[0]
+    attended.append(light.expand(3, -1, -1) * 2 - 1)
+
+filmstrip(
+    [asking, attended],
+    row_labels=["this position", "attends to"],
+    column_labels=["the centre", "a petal", "the background"],
+    scale=2,
+    alt="Above, the sunflower with a position marked in its centre, on a petal and in a corner; "
+    "below, maps of 8 x 8 squares, bright where that position attends: the centre to the centre, "
+    "the petal to the ring of petals, the corner to the corners",
+)
+
+# %% [markdown]
+# Nobody told the network what a petal is, yet a petal attends to petals all around the flower.
+# Attention is not cheap: each of the $n$ positions looks at all $n$, so twice the side means four
+# times the positions and sixteen times the work. That is why it sits at low resolutions only.
+#
+# ## Patches, and why they go with $x_0$
+#
+# The first level is the most expensive one, because it has the most positions. *Patchifying* makes
+# it cheaper: each square of p x p pixels becomes one position with $3p^2$ channels
+# (`pixel_unshuffle`), and the way back at the output is exact.
+
+# %%
+flowers = torch.stack([image for image, _ in load_data(profile, "val")])
+for p in (1, 2, 4):
+    small = UNet(**profile.network | {"patch_size": p, "attention_resolutions": ()})
     with FlopCounterMode(display=False) as counter:
-        function(*inputs)
-    return counter.get_total_flops()
-
-
-def mixing(side):
-    q = torch.randn(1, 2, side * side, 32)
-    return flops(lambda: torch.softmax(q @ q.transpose(2, 3), -1) @ q)
-
-
-assert mixing(32) == 16 * mixing(16)
+        small(flowers[:1], torch.tensor([0]))
+    shape = tuple(F.pixel_unshuffle(flowers[:1], p).shape[1:])
+    millions = counter.get_total_flops() / 1e6
+    print(f"patches of {p}: {shape}, {millions:4.0f} million FLOPs per image")
 
 # %% [markdown]
-# ## Down and up
+# But something has to give. With patches of 4 x 4, each position holds 48 numbers; where a network
+# is narrower than that, they do not all fit. What gets through a narrow place? The best that any
+# *linear* bottleneck of $k$ channels can do is to keep the first $k$ principal components, so we
+# measure that, for patches of flowers and for patches of noise.
+
+# %%
+noise = torch.randn(flowers.shape, generator=torch.Generator().manual_seed(0))
+
+
+def principal_components(images):
+    patches = F.pixel_unshuffle(images, 4).permute(0, 2, 3, 1).reshape(-1, 48)
+    variances, directions = torch.linalg.eigh(torch.cov(patches.T))
+    return variances.flip(0), directions.flip(1)
+
+
+kept = {"flowers": principal_components(flowers), "noise": principal_components(noise)}
+share = {name: variances.cumsum(0) / variances.sum() for name, (variances, _) in kept.items()}
+for name, values in share.items():
+    print(f"12 of 48 channels keep {values[11]:.0%} of the variance of {name}")
+
+
+# %%
+def through_bottleneck(images, name, k=12):
+    patches, directions = F.pixel_unshuffle(images, 4), kept[name][1][:, :k]
+    mean = patches.mean((0, 2, 3), keepdim=True)
+    h = torch.einsum("bchw,ck->bkhw", patches - mean, directions)  # k channels are left
+    return F.pixel_shuffle(torch.einsum("bkhw,ck->bchw", h, directions) + mean, 4)
+
+
+# %%
+pairs = [flowers[3], through_bottleneck(flowers, "flowers")[3]]
+pairs += [noise[3], through_bottleneck(noise, "noise")[3]]
+channels = torch.arange(1, 49)
+stack(
+    plot_lines(
+        {name: (channels, values) for name, values in share.items()},
+        x_label="channels of the bottleneck (of 48)",
+        y_label="share of variance kept",
+        size=(720, 240),
+    ),
+    image_grid(
+        pairs,
+        scale=128 // profile.image_size,
+        column_labels=["flower", "through 12 of 48", "noise", "through 12 of 48"],
+    ),
+    alt="Above, the share of variance kept against the channels: flowers rise to 0.9 within 6 and "
+    "0.96 at 12, noise follows the diagonal. Below, a flower and noise through 12 of 48 channels: "
+    "the flower is hardly changed, the noise has lost most of its contrast",
+)
+
+
+# %% [markdown]
+# That is the argument for predicting $x_0$. Noise has 48 independent numbers per patch, and a
+# network that predicts it must carry every one of them from input to output. An image has
+# structure, and a quarter of the channels nearly hold it. Our profiles use patches of 2 x 2, whose
+# 12 numbers would just fit through 32 channels; but a network that predicts $x_0$ need not reserve
+# channels for noise, and can spend all of them on what flowers look like. The larger the patches,
+# the more this counts.
 #
-# Half the size by a convolution of stride 2; double by repeating each pixel and smoothing with a convolution. (A transposed convolution would do it in one, but where its
-# patches overlap unevenly it leaves a chessboard.)
-
-# %%
-x = torch.randn(1, 32, 16, 16)
-print("down:", tuple(Downsample(32)(x).shape), "  up:", tuple(Upsample(32)(x).shape))
-
-# %% [markdown]
-# One more way to make a picture smaller, without losing anything: *fold* each square of 2 x 2 pixels into the channels. The network then works at half the side, which makes the
-# expensive first level four times cheaper; at the exit the picture is unfolded. The profile `flowers32` does that.
-
-# %%
-flower = load_data(profile, "val")[3][0][None]
-folded = F.pixel_unshuffle(flower, 2)
-print(tuple(flower.shape), "->", tuple(folded.shape))
-assert torch.equal(F.pixel_shuffle(folded, 2), flower)
-
-# %%
-quarters = folded[0].view(3, 4, *folded.shape[2:]).transpose(0, 1)
-image_grid([F.interpolate(q[None], scale_factor=2)[0] for q in quarters], columns=4, column_labels=["pixel 0, 0", "pixel 0, 1", "pixel 1, 0", "pixel 1, 1"],
-           alt="A flower's four folded pictures: the same flower four times at half the resolution, each shifted by one pixel")
-
-# %% [markdown]
-# ## The whole
+# ## Timestep and label
 #
-# The pieces, put together. The profile says how wide and how deep:
+# The sines and cosines go through a small MLP. Each label has a learned vector of the same length,
+# which is added; one extra vector stands for "no label", which guidance (notebook 06) will need.
 
 # %%
-model = UNet(**profile.network, num_classes=6)
-print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+def my_time_mlp(channels):
+    return nn.Sequential(
+        SinusoidalPositionEmbeddings(channels),
+        nn.Linear(channels, 4 * channels),
+        nn.SiLU(),
+        nn.Linear(4 * channels, 4 * channels),
+    )
+
+
+print("embedding of three timesteps:", tuple(my_time_mlp(32)(torch.tensor([0, 500, 999])).shape))
 
 # %% [markdown]
-# We let a picture run through and note what each block turns out: the number of channels and the side.
+# What does a trained network do with it? Here is the scale that the trained network's first
+# residual block applies to five of its channels, as a function of $t$:
 
 # %%
-trace, hooks = [], []
-for name, module in model.named_modules():
-    if isinstance(module, (Block, Downsample, Upsample)) or name.startswith(("conv_", "middle")) and "." not in name:
-        kind = type(module).__name__ + " + attention" * isinstance(getattr(module, "attention", None), AttentionBlock)
-        note = lambda m, i, out, name=name, kind=kind: trace.append((name, kind, out.shape[1], out.shape[2]))
-        hooks.append(module.register_forward_hook(note))
-size = profile.image_size
-answer = model(torch.randn(1, 3, size, size), torch.tensor([500]))
-assert answer.shape == (1, 3, size, size)
-for hook in hooks:
-    hook.remove()
+with torch.no_grad():
+    emb = trained.time_mlp(torch.arange(1000)) + trained.label_emb(label)
+    scale = 1 + trained.down[0].res.emb_proj(F.silu(emb)).chunk(2, dim=1)[0]
 
-# %%
-for name, kind, channels, side in trace:
-    print(f"{name:16} {kind:17} {channels:4} x {side} x {side}")
-
-# %% [markdown]
-# The same as a drawing: down on the left, up on the right, each level half as large as the one above. Dashed are the skip connections: whatever a piece on the way down turns out,
-# the convolution at the entrance included, is kept, and each block on the way up takes one of these off the pile, the last one first.
-
-# %%
-colors = {"residual block": "#56B4E9", "attention": "#CC79A7", "down": "#E69F00", "up": "#009E73", "convolution": "#999999"}
-parts = {"Block": "residual block", "ResBlock": "residual block", "AttentionBlock": "attention", "Downsample": "down", "Upsample": "up", "Conv2d": "convolution"}
-
-
-def draw_unet(trace):
-    figure = Figure(figsize=(7.6, 3.7))
-    axes = figure.add_axes([0.02, 0.02, 0.96, 0.96])
-    sides = sorted({side for *_, side in trace}, reverse=True)
-    for column, (name, kind, channels, side) in enumerate(trace):
-        y = -sides.index(side) * 1.4
-        axes.bar(column, 0.8, 0.72, y - 0.4, color=colors[parts[kind.split()[0]]], edgecolor="#333333", linewidth=0.6)
-        if kind.endswith("+ attention"):
-            axes.bar(column, 0.2, 0.72, y - 0.4, color=colors["attention"], edgecolor="#333333", linewidth=0.6)
-        axes.text(column, y, channels, ha="center", va="center", fontsize=7)
-    for level, side in enumerate(sides):
-        axes.text(-0.9, -level * 1.4, f"{side} x {side}", ha="right", va="center", fontsize=9)
-    draw_skips(axes, trace, sides)
-    for label, color in colors.items():
-        axes.bar(0, 0, color=color, label=label)
-    axes.legend(loc="lower right", frameon=False, fontsize=8, ncols=2)
-    axes.set(xlim=(-3, len(trace)), ylim=(-1.4 * len(sides) - 0.1, 0.9))
-    axes.axis("off")
-    return figure
-
-
-# %%
-def draw_skips(axes, trace, sides):
-    kept, lanes = [column for column, (name, *_) in enumerate(trace) if name.startswith(("conv_in", "down"))], dict.fromkeys(sides, 0)
-    for column, (name, kind, _, side) in enumerate(trace):
-        if name.startswith("up") and kind.startswith("Block"):
-            source, top, lanes[side] = kept.pop(), 0.4 - sides.index(side) * 1.4, lanes[side] + 1
-            lane = top + 0.12 * lanes[side]
-            axes.plot([source, source, column], [top, lane, lane], "--", color="#333333", linewidth=0.9)
-            axes.annotate("", (column, top - 0.02), (column, lane), arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7, "color": "#333333"})
-    assert kept == [], "all are taken"
-
-
-# %% tags=["cover"]
-Picture.from_figure(draw_unet(trace), "The UNet as a U: residual blocks go down on the left to smaller sides with more channels, through the bottom, and up on the right, with skip connections across")
+plot_lines(
+    {f"channel {i}": scale[:, i] for i in range(0, 30, 6)},
+    x_label="timestep t",
+    y_label="scale",
+    size=(720, 260),
+    alt="The scale of five channels of the trained network's first block against t: smooth curves, "
+    "most of which change a great deal between clean and noisy images",
+)
 
 
 # %% [markdown]
-# Where does the work go? Count by level: parameters live at the bottom, where there are many channels; the computing is spread more evenly, for at the top there are few channels but
-# many pixels.
-
-# %%
-def by_level(model):
-    levels = {}
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randn(1, 3, size, size), torch.tensor([0]))
-    work = {name.split(".", 1)[1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items() if "." in name}
-    for name, _, _, side in trace:
-        parameters, flops_here = levels.get(side, (0, 0))
-        parameters += sum(p.numel() for p in model.get_submodule(name).parameters())
-        levels[side] = parameters, flops_here + work[name]
-    return levels, counter.get_total_flops()
-
-
-levels, total = by_level(model)
-for side, (parameters, work) in levels.items():
-    print(f"{side:2} x {side:2}: {parameters:9,} parameters, {work / 1e6:6.1f} million FLOPs for a picture")
-
-# %% [markdown]
-# Did we count everything? What is left is the small network that digests the time and the label, and the last norm:
-
-# %%
-rest = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("time_mlp", "label_emb", "norm_out", "input_skip")))
-print(f"the rest: {rest:,} parameters")
-assert sum(parameters for parameters, _ in levels.values()) + rest == sum(p.numel() for p in model.parameters())
-assert 0.99 * total < sum(work for _, work in levels.values()) < total
-
-# %% [markdown]
-# And folding? The same network, once on pixels and once on 2 x 2 patches:
-
-# %%
-plain, folding = (UNet(**profile.network | {"patch_size": p, "attention_resolutions": ()}) for p in (1, 2))
-work = [flops(m, torch.randn(1, 3, size, size), torch.tensor([0])) for m in (plain, folding)]
-print(f"folding 2 x 2 pixels makes it {work[0] / work[1]:.1f} times cheaper")
-assert work[0] > 3.5 * work[1]
-
-
-# %% [markdown]
-# Folding has a price. Where a picture is hardly noisy, the answer is mostly its finest noise, number by number, and a folded picture has many numbers at each place: 48 for 4 x 4 pixels in three colours. Through
-# sixteen channels sixteen of them can pass; the other two thirds are lost. The option `input_skip` adds the input itself to the answer, times a small matrix that depends on $t$. The test: learn to repeat pure noise.
-
-# %%
-def error_of_repeating(input_skip):
-    torch.manual_seed(0)
-    narrow = UNet(channels=16, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), patch_size=4, input_skip=input_skip)
-    optimizer = torch.optim.Adam(narrow.parameters(), lr=1e-2)
-    for _ in range(150):
-        noise = torch.randn(16, 3, 32, 32)
-        loss = F.mse_loss(narrow(noise, torch.full((16,), 100)), noise)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return loss.item()
-
-
-# %%
-without, with_skip = error_of_repeating(False), error_of_repeating(True)
-print(f"error without input_skip: {without:.1f}, with it: {with_skip:.1f}")
-assert without > 2 / 3 and with_skip < 0.01
-
-# %% [markdown]
-# The profile `flowers64-folded` has it. For pictures of 64 x 64 pixels it puts a narrow level on top of the network of `flowers32`: four times as many pixels for less than twice the work.
-
-# %%
-by_profile = []
-for name in ("flowers32", "flowers64-folded"):
-    side = PROFILES[name].image_size
-    by_profile.append(flops(UNet(**PROFILES[name].network), torch.randn(1, 3, side, side), torch.tensor([0])))
-print(f"work at 64 x 64 over work at 32 x 32: {by_profile[1] / by_profile[0]:.1f}")
-assert by_profile[1] < 2 * by_profile[0]
-
-# %% [markdown]
-# ## What must hold
+# The curves are smooth: the MLP has turned the ripples of the embedding into gradual changes. It
+# fades channels in and out as the noise grows, so one network behaves like many, one for each noise
+# level.
 #
-# **It starts by answering zero**, since its last convolution is all zeros. Stage 4 uses that to know what loss to beat.
+# ## The whole network
+#
+# Now we put the parts together. A block is a residual block, followed by attention at the
+# resolutions that have it:
 
 # %%
-x, t, y = torch.randn(4, 3, size, size), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 6])
-assert torch.equal(model(x, t, y), torch.zeros_like(x))
+class MyBlock(nn.Module):
+    def __init__(self, in_channels, out_channels, c, level):
+        super().__init__()
+        side = c.image_size // c.patch_size // 2**level
+        self.res = MyResBlock(in_channels, out_channels, 4 * c.channels)
+        with_attention = side in c.attention_resolutions
+        self.attention = MyAttention(out_channels) if with_attention else nn.Identity()
+
+    def forward(self, x, emb):
+        return self.attention(self.res(x, emb))
+
 
 # %% [markdown]
-# **Every parameter learns.** A layer that is defined but never used is a classic mistake, and the loss does not tell. We ask for gradients. At the very first step the zeros block
-# them (what is multiplied by zero gets none), so we first fill the zeros.
+# The way down and the middle. `c` is the configuration; `widths` are the channels of each level.
+# Whatever the way down puts out is kept for a skip connection, so we note how wide each of these
+# is.
 
 # %%
+class WayDown(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c, self.widths = c, [round(c.channels * mult) for mult in c.channel_mults]
+        self.time_mlp = my_time_mlp(c.channels)
+        self.label_emb = nn.Embedding(c.num_classes + 1, 4 * c.channels)
+        width = self.widths[0]
+        self.conv_in = nn.Conv2d(3 * c.patch_size**2, width, 3, padding=1)
+        self.down, self.skip_widths = nn.ModuleList(), [width]
+        for level, level_width in enumerate(self.widths):
+            for _ in range(c.num_res_blocks):
+                self.down.append(MyBlock(width, level_width, c, level))
+                width = level_width
+                self.skip_widths.append(width)
+            if level < len(self.widths) - 1:  # half the side
+                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                self.skip_widths.append(width)
+        self.middle1 = MyResBlock(width, width, 4 * c.channels)
+        self.middle_attention = MyAttention(width)
+        self.middle2 = MyResBlock(width, width, 4 * c.channels)
+
+
+# %%
+c = SimpleNamespace(**trained.config)
+print("widths of the skip connections:", WayDown(c).skip_widths)
+
+
+# %% [markdown]
+# The way up has one block more per level, since it takes one more skip connection, the output of
+# the layer that halved the side. Input and skip connection are concatenated, so their widths add:
+
+# %%
+class WayUp(WayDown):
+    def __init__(self, c):
+        super().__init__(c)
+        skip_widths, width = [*self.skip_widths], self.widths[-1]
+        self.up = nn.ModuleList()
+        for level, level_width in reversed([*enumerate(self.widths)]):
+            for _ in range(c.num_res_blocks + 1):
+                self.up.append(MyBlock(width + skip_widths.pop(), level_width, c, level))
+                width = level_width
+            if level > 0:  # a convolution after doubling the side
+                self.up.append(nn.Conv2d(width, width, 3, padding=1))
+        self.norm_out = group_norm(width)
+        self.conv_out = zero_init(nn.Conv2d(width, 3 * c.patch_size**2, 3, padding=1))
+
+
+# %%
+takers = sum(isinstance(layer, MyBlock) for layer in WayUp(c).up)
+print(f"{len(WayDown(c).skip_widths)} skip connections, {takers} blocks that take one")
+
+
+# %% [markdown]
+# And the path through it, which is the drawing above, line by line. The side is doubled by
+# repeating each pixel and smoothing with a convolution; a transposed convolution, whose patches
+# overlap unevenly, would leave a chessboard pattern.
+
+# %%
+class MyUNet(WayUp):
+    def forward(self, x, t, y):
+        emb = self.time_mlp(t) + self.label_emb(y)
+        h = self.conv_in(F.pixel_unshuffle(x, self.c.patch_size))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, MyBlock) else layer(h)
+            skips.append(h)
+        h = self.middle2(self.middle_attention(self.middle1(h, emb)), emb)
+        for layer in self.up:
+            if isinstance(layer, MyBlock):
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+            else:
+                h = layer(F.interpolate(h, scale_factor=2))
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.c.patch_size)
+
+
+# %%
+my_unet = MyUNet(c)
+print(f"{sum(p.numel() for p in my_unet.parameters()):,} parameters")
+
+# %% [markdown]
+# The parts have the same names as the package's, so the trained weights fit: `load_state_dict`
+# raises an error if a single tensor is missing, left over or of another shape. Does our network
+# also predict the same?
+
+# %%
+my_unet.load_state_dict(trained.state_dict())
+with torch.no_grad():
+    ours, theirs = (network(x_t, t[99::200], label.expand(5)) for network in (my_unet, trained))
+
+assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+print(f"{sum(p.numel() for p in trained.parameters()):,} parameters in the package's")
+for i in range(3):
+    print(f"image {i}, mean: {ours[i].mean():z.2f} ours, {theirs[i].mean():z.2f} the package's")
+
+# %% [markdown]
+# It does. So it can generate flowers: the package's sampler, driven by the network that you have
+# just read in full.
+
+# %%
+my_unet.num_classes, my_unet.null_label = len(classes), len(classes)  # the last embedding: no label
+names = ["rose", "gazania", "passion flower", "water lily"]
+samples = sample(
+    ClassifierFreeGuidance(my_unet, 3.0),
+    process,
+    species_labels(names, classes),
+    shape=(3, 64, 64),
+    steps=20,
+    seed=1,
+)
+image_grid(
+    samples,
+    scale=2,
+    column_labels=names,
+    alt="A rose, a gazania, a passion flower and a water lily",
+)
+
+# %% [markdown]
+# ## Where the work goes
+#
+# Count parameters and multiplications by resolution (for our profile's network again):
+
+# %%
+layers = [model.conv_in, *model.down, model.middle1, model.middle_attention, model.middle2]
+layers += [*model.up, model.conv_out]
+layer_names = {module: name for name, module in model.named_modules()}
+with FlopCounterMode(display=False) as counter:
+    model(flowers[:1], torch.tensor([0]))
+counts = counter.get_flop_counts()
+flops = {name.removeprefix("UNet."): sum(count.values()) for name, count in counts.items()}
+
+parameters, work = [0] * len(model.sides), [0] * len(model.sides)
+for layer, box in zip(layers, unet_layers(model), strict=True):
+    parameters[box.level] += sum(p.numel() for p in layer.parameters())
+    work[box.level] += flops[layer_names[layer]]
+
+total = sum(p.numel() for p in model.parameters())
+share = sum(work) / counter.get_total_flops()
+print(f"counted: {sum(parameters):,} of {total:,} parameters, {share:.0%} of the work")
+
+# %%
+names = [f"{side} x {side}" for side in model.sides]
+thousands = dict(zip(names, [count / 1e3 for count in parameters], strict=True))
+millions = dict(zip(names, [count / 1e6 for count in work], strict=True))
+stack(
+    plot_bars(
+        {"parameters": thousands},
+        y_label="thousand\nparameters",
+        number="{:.0f}",
+        size=(500, 170),
+    ),
+    plot_bars(
+        {"work": millions},
+        y_label="million FLOPs\nper image",
+        number="{:.0f}",
+        size=(500, 170),
+    ),
+    alt="Bars by resolution: parameters grow from the highest to the lowest resolution, FLOPs "
+    "shrink",
+)
+
+# %% [markdown]
+# Parameters sit at the bottom, where there are many channels. Work sits at the top, where there are
+# many positions. The few parameters left over belong to the time MLP, the labels and the last norm.
+#
+# ## Two checks before training
+#
+# A new network predicts exactly zero, because its last convolution is zero: its first loss is known
+# in advance, and notebook 04 uses that. And every parameter must learn: a layer that is defined but
+# never used is a classic mistake which the loss does not show. So we fill the zeros, which block
+# gradients, and ask each parameter for its gradient.
+
+# %%
+x, t, y = flowers[:4], torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, model.null_label])
+print("largest value predicted by a new network:", model(x, t, y).abs().max().item())
+
 for parameter in model.parameters():
     if not parameter.any():
-        torch.nn.init.normal_(parameter, std=0.02)
+        nn.init.normal_(parameter, std=0.02)
 model(x, t, y).square().mean().backward()
-without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-assert without == [], without
-
-# %% [markdown]
-# **Labels count**, and one label means "none": the label after the last, which is what the network takes if it is given no labels at all.
-
-# %%
-model.eval()
-with torch.no_grad():
-    nothing = model(x, t)
-    assert_close(nothing, model(x, t, torch.full((4,), model.null_label)))
-    assert not torch.allclose(nothing[:3], model(x, t, y)[:3])
-
-# %% [markdown]
-# **Any size will do** that can be halved often enough, though it was built for one. Where it cannot, the error says why:
-
-# %%
-with torch.no_grad():
-    multiple = model.size_multiple
-    assert model(torch.randn(1, 3, 3 * multiple, 5 * multiple), t[:1]).shape[2:] == (3 * multiple, 5 * multiple)
-for bad in (lambda: model(x[:, :, :-2], t), lambda: model(x, t[:1]), lambda: model(x, t, y + 1)):
-    try:
-        bad()
-    except ValueError as error:
-        print(error)
-
-# %% [markdown]
-# **The memory layout does not matter** for the answer. (For the speed it does: `channels_last` suits today's convolutions better.)
-
-# %%
-with torch.no_grad():
-    rows = model(x, t, y)
-    columns = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, y)
-assert_close(rows, columns, atol=1e-4, rtol=1e-3)
+learning = [p.grad is not None and bool(p.grad.any()) for p in model.parameters()]
+print(f"{sum(learning)} of {len(learning)} parameter tensors have a gradient")
 
 # %% [markdown]
 # ## Look inside
 #
-# What does such a network see once it is trained? The repository has two in `models/`, which stages 4 and 5 explain; we let the smaller one draw a sunflower.
+# What do the layers of a trained network see? We show it the sunflower at twenty noise levels and
+# keep the output of five layers.
 
 # %%
-trained, process, classes = load_model(PROFILES["flowers32"].weights)
-sunflower = torch.tensor([classes.index("sunflower")])
-x_0 = sample(trained, process, sunflower, sampler="ddim", steps=50, seed=1)
-
-# %% [markdown]
-# Then we show it that flower at twenty noise levels, and keep what five of its blocks turn out.
-
-# %%
-blocks = {"first convolution": "conv_in", "down, 16 x 16": "down.1", "bottom, 4 x 4": "middle2", "up, 8 x 8": "up.4", "up, 16 x 16": "up.9"}
-times, seen = torch.arange(49, 1000, 50), {}
-for label, name in blocks.items():
-    trained.get_submodule(name).register_forward_hook(lambda module, inputs, out, label=label: seen.update({label: out}))
-x_t = process.q_sample(x_0.expand(20, -1, -1, -1), times, torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+watched = {
+    "first convolution": trained.conv_in,
+    "half-way down": trained.down[len(trained.down) // 2],
+    "end of the middle": trained.middle2,
+    "half-way up": trained.up[len(trained.up) // 2],
+    "end of the way up": trained.up[-1],
+}
+times, maps = torch.arange(49, 1000, 50), {}
+for name, layer in watched.items():
+    layer.register_forward_hook(
+        lambda module, inputs, output, name=name: maps.update({name: output})
+    )
+noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+x_t = process.q_sample(flower.expand(20, -1, -1, -1), times, noise)
 with torch.no_grad():
-    trained(x_t, times, sunflower.expand(20))
-
-# %%
-every_t = torch.arange(1000)
-clocks = plot_lines({f"clock {i}": SinusoidalPositionEmbeddings(64)(every_t)[:, i] for i in (12, 16, 20, 26)}, x_label="t", y_label="sine", size=(720, 190))
-
-
-def inside(t, block):
-    at, maps = (t - 49) // 50, seen[block][:, :9]
-    bright = maps.transpose(0, 1).flatten(1).abs().quantile(0.98, dim=1).view(-1, 1, 1, 1)
-    pictures = [x_t[at], *F.interpolate((maps[at, :, None] / bright).expand(-1, 3, -1, -1), size=32)]
-    return stack(image_grid(pictures, columns=10, scale=2, column_labels=["$x_t$", *(f"map {i}" for i in range(9))]), clocks.marked(t),
-                 alt=f"The noisy sunflower at t = {t} and nine feature maps of the block '{block}'; below, a line at t = {t} across four of the clocks")
+    trained(x_t, times, label.expand(20))
 
 
 # %% [markdown]
-# Move the time and choose a block. The clocks under the line are all that the network is told of $t$ (four of them are drawn); near the input the maps are noisy copies of the picture, deeper down they are
-# coarse and calm, and on the way up the flower's shape comes back, ever less sure of itself as $t$ grows.
+# Move $t$ and choose a layer. Near the input the maps are noisy copies of the image; in the middle
+# they are coarse and calm; on the way up the shape of the flower comes back, and gets vaguer as $t$
+# grows.
 
 # %%
-Explorer(inside, t=widgets.IntSlider(249, 49, 999, 50), block=widgets.Dropdown(options=list(blocks), value="up, 16 x 16"))
+def inside(t, layer):
+    at, shown = (t - 49) // 50, maps[layer][:, :9]
+    brightest = shown.transpose(0, 1).flatten(1).abs().quantile(0.98, dim=1).view(-1, 1, 1, 1)
+    images = F.interpolate((shown[at, :, None] / brightest).expand(-1, 3, -1, -1), size=64)
+    return image_grid(
+        [x_t[at], *images],
+        columns=5,
+        scale=2,
+        alt=f"The noisy sunflower at t = {t} and nine feature maps of the layer '{layer}'",
+    )
+
+
+# %%
+Explorer(
+    inside,
+    t=widgets.IntSlider(249, 49, 999, 50),
+    layer=widgets.Dropdown(options=list(watched), value="end of the way up"),
+)
 
 # %% [markdown]
+# ## What you know now
+#
+# - The network takes $x_t$, $t$ and perhaps $y$, and predicts $x_0$. It is a UNet: down, middle,
+#   up, with skip connections across.
+# - Timestep and label become one embedding, which scales and shifts the channels of every residual
+#   block.
+# - Zero initialisation makes each new block the identity, and the new network predict zero.
+# - Attention lets distant positions exchange information, at low resolutions only.
+# - Patches make the network cheap, and suit a network that predicts $x_0$.
+#
 # ## Your turn
 #
-# 1. How many parameters has `ResBlock(64, 128, emb_channels=256)`? Work it out by hand, in `count`.
-# 2. What if there were no skip connections? Zero what comes across, and look at how much the answer changes.
+# Replace `None` or `...` and run the cell; it says whether you are right.
+#
+# **1. Count.** How many parameters has `ResBlock(64, 128, emb_channels=256)`? Work it out by hand:
+# two norms (a scale and a shift per channel), two 3 x 3 convolutions, the linear layer for the
+# embedding, and the 1 x 1 convolution.
 
 # %% tags=["exercise"]
-count = None  # your answer to 1
+count = None
+
+check(
+    "exercise 1",
+    count,
+    sum(p.numel() for p in ResBlock(64, 128, emb_channels=256).parameters()),
+    hint="A convolution from a to b channels has a * 9 * b weights and b biases.",
+)
 
 # %% [markdown]
-# ## Solutions
+# <details><summary>Solution</summary>
 #
-# 1. Two norms (a scale and a shift a channel), two convolutions of 3 x 3, the layer for the time, and a 1 x 1 convolution, because input and output differ in width:
+# ```python
+# norms = 2 * 64 + 2 * 128
+# convolutions = (64 * 9 + 1) * 128 + (128 * 9 + 1) * 128
+# count = norms + convolutions + (256 + 1) * 2 * 128 + (64 + 1) * 128
+# ```
+#
+# 295,936 in all, about half of them in the second convolution.
+# </details>
+#
+# **2. A trap.** Some code feeds the embedding with $t/T$ in $[0, 1]$ instead of $t$. Of the 64
+# channels of `my_embeddings`, how many move by more than 0.1 (largest minus smallest value) while
+# $t/T$ goes from 0 to 0.999?
 
-# %% tags=["solution"]
-norms, convolutions = 2 * 64 + 2 * 128, (64 * 9 + 1) * 128 + (128 * 9 + 1) * 128
-count = norms + convolutions + (256 + 1) * 2 * 128 + (64 + 1) * 128
-assert count == sum(p.numel() for p in ResBlock(64, 128, emb_channels=256).parameters())
+# %% tags=["exercise"]
+moving = None
 
+check(
+    "exercise 2",
+    moving,
+    lambda n: n == (my_embeddings(torch.tensor([0, 0.999]), 64).diff(dim=0).abs() > 0.1).sum(),
+    hint="Embed torch.arange(1000) / 1000, then use amax(0) and amin(0).",
+)
 
-# %% [markdown]
-# 2. On the way up, each block takes what comes from below and what comes across, one after the other in the channels. We zero the second part:
-
-# %% tags=["solution"]
-def without_skips(module, inputs):
-    h, emb = inputs
-    from_below = width_below[module]
-    return torch.cat([h[:, :from_below], torch.zeros_like(h[:, from_below:])], dim=1), emb
-
-
-widths = [channels for name, _, channels, _ in trace if name == "middle2" or name.startswith("up")]
-ups = [module for module in model.up]
-width_below = {module: width for module, width in zip(ups, widths) if isinstance(module, Block)}
-hooks = [module.register_forward_pre_hook(without_skips) for module in width_below]
-with torch.no_grad():
-    blind = model(x, t, y)
-for hook in hooks:
-    hook.remove()
-assert (blind - rows).norm() > 0.5 * rows.norm()
 
 # %% [markdown]
-# Next: [04_training](04_training.ipynb) teaches it.
+# <details><summary>Solution</summary>
+#
+# ```python
+# squeezed = my_embeddings(torch.arange(1000) / 1000, 64)
+# moving = (squeezed.amax(0) - squeezed.amin(0) > 0.1).sum()
+# ```
+#
+# Only 11 of 64; the rest is nearly constant, and the network would hardly know the timestep.
+# </details>
+#
+# **3. Without skip connections.** Write `no_skips(x, t, y)`: the trained network's prediction with
+# zeros in place of all skip connections. What becomes of the sunflower at $t = 99$?
+
+# %% tags=["exercise"]
+def no_skips(x, t, y): ...
+
+
+at_99 = (x_t[1:2], torch.tensor([99]), label)
+without = no_skips(*at_99)
+check(
+    "exercise 3",
+    without,
+    lambda blind: blind.shape == at_99[0].shape and (blind - my_unet(*at_99)).abs().mean() > 0.05,
+    hint="MyUNet.forward needs one change: what is appended to skips?",
+)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# class Blind(MyUNet):
+#     def forward(self, x, t, y):
+#         emb = self.time_mlp(t) + self.label_emb(y)
+#         h = self.conv_in(F.pixel_unshuffle(x, self.c.patch_size))
+#         skips = [torch.zeros_like(h)]  # changed
+#         for layer in self.down:
+#             h = layer(h, emb) if isinstance(layer, MyBlock) else layer(h)
+#             skips.append(torch.zeros_like(h))  # changed
+#         h = self.middle2(self.middle_attention(self.middle1(h, emb)), emb)
+#         for layer in self.up:
+#             if isinstance(layer, MyBlock):
+#                 h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+#             else:
+#                 h = layer(F.interpolate(h, scale_factor=2))
+#         h = self.conv_out(F.silu(self.norm_out(h)))
+#         return F.pixel_shuffle(h, self.c.patch_size)
+#
+# blind = Blind(c)
+# blind.load_state_dict(trained.state_dict())
+#
+# def no_skips(x, t, y):
+#     with torch.no_grad():
+#         return blind(x, t, y)
+#
+# image_grid(no_skips(*at_99), scale=2)
+# ```
+#
+# The flower is gone. At little noise nearly everything reaches the output through the skip
+# connections; what comes up from 4 x 4 positions cannot replace it.
+# </details>
+#
+# Next: [04_training](04_training.ipynb) trains the network.

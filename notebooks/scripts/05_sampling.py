@@ -11,18 +11,21 @@
 # ---
 
 # %% [markdown]
-# # 05 Draw flowers out of noise
+# # 05 Sample flowers from noise
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/05_sampling.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/05_sampling.ipynb)
 #
-# **What you'll do**: run the process of stage 2 backwards with the network of stage 4, in a thousand steps, then in fifty, then in ten.
+# **What you'll do**: run the process of notebook 02 backwards with a trained network, first in many
+# small random steps, then in a few large ones without randomness.
 #
-# **What you'll learn**: Algorithm 2 of Ho et al. (2020), why the network's guess is clamped and the last step adds no noise, what DDIM and
-# DPM-Solver++ do differently, and how to walk from one flower to another.
+# **What you'll learn**: Algorithm 2 of Ho et al. (2020); the noise level $\sigma$, in which
+# diffusion becomes an ordinary differential equation; DDIM, DPM-Solver++ and Heun's method as three
+# ways to solve it, with their orders measured; where to spend few steps; and how to walk from one
+# flower to another.
 #
-# **What you need**: notebooks 02 to 04. Under two minutes on two CPU cores; if 04 has not run on this machine, one or two more, because this
-# notebook then runs it first.
+# **What you need**: notebooks 02 to 04. About a minute on two CPU cores, with the weights in
+# `models/`.
 
 # %%
 import sys
@@ -30,7 +33,11 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run("test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut", shell=True, check=True)
+    subprocess.run(
+        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+        shell=True,
+        check=True,
+    )
     sys.path.insert(0, "noisOut")
 
 # %%
@@ -38,401 +45,577 @@ import ipywidgets as widgets
 import torch
 from torch.testing import assert_close
 
-from noisout_nb.data import factor_distance, load_data, species_labels, to_float
-from noisout_nb.display import Again, Explorer, filmstrip, image_grid, plot_histograms, plot_lines, progress
-from noisout_nb.forward_process import GaussianDiffusion, linear_beta_schedule
+from noisout_nb.checkpoints import load_model, load_pretrained
+from noisout_nb.data import load_data, species_labels, to_float
+from noisout_nb.exercises import check
+from noisout_nb.figures import filmstrip, image_grid, plot_histograms, plot_lines
+from noisout_nb.forward_process import GaussianDiffusion
+from noisout_nb.generate import sample_image
+from noisout_nb.guidance import ClassifierFreeGuidance
 from noisout_nb.parallel import get_device
 from noisout_nb.profiles import PROFILES, get_profile
-from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, p_mean_variance, sample, sample_image
-from noisout_nb.training import load_model, load_or_train
+from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, heun
+from noisout_nb.widgets import Again, Explorer
+
+# %% [markdown]
+# Two networks: a small one for measurements, and the one in `models/` that was trained on
+# photographs. (That one is wrapped in *guidance*, the subject of notebook 06.)
 
 # %%
 torch.manual_seed(0)
 profile, device = get_profile(), get_device()
-
-# %%
-model, process, classes = load_or_train(profile, device)
+model, process, classes = load_pretrained(profile, device)
+network, photo_process, species = load_model(PROFILES["flowers64"].published, device)
+flowers = ClassifierFreeGuidance(network, 3.0)
 T, shape = process.timesteps, (3, profile.image_size, profile.image_size)
-print(f"a network of {sum(p.numel() for p in model.parameters()):,} parameters that knows {len(classes)} species")
+photo_shape = (3, network.config["image_size"], network.config["image_size"])
+
+
+def start(count, seed, shape=photo_shape):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
 
 # %% [markdown]
-# ## One step back
+# ## From noise to a flower
 #
-# Somewhere in the chain, we hold a noisy $x_t$. If we knew the clean $x_0$, stage 2 would tell us exactly how $x_{t-1}$ is distributed: as the
-# posterior $q(x_{t-1} \mid x_t, x_0)$, a Gaussian. We don't, but the network has a guess. So: ask the network, turn its answer into $\hat x_0$, and take
-# the posterior as if the guess were true. That is all there is to $p_\theta(x_{t-1} \mid x_t)$.
+# Every sampler of this notebook is a generator: it yields a state after each step, so that the loop
+# can be watched. Below, 50 steps of DDPM; above the image after the step at $t$, below it the clean
+# image that the network predicted there. The prediction has colour and place from the start and
+# gains detail; in the image itself the flower emerges half-way.
 
-# %%
-held_out = load_data(profile, "val")
-x_0 = torch.stack([held_out[i][0] for i in range(6)]).to(device)
-y = torch.tensor([held_out[i][1] for i in range(6)], device=device)
-
-# %%
-t = torch.tensor([100, 250, 400, 550, 700, 850], device=device)
-x_t = process.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(device))
-
-# %%
-with torch.no_grad():
-    x_start = process.predict_start(x_t, t, model(x_t, t, y)).clamp(-1, 1)
-    mean, variance = process.q_posterior_mean_variance(x_start, x_t, t)
-    for mine, helpers in zip((mean, variance, x_start), p_mean_variance(model, process, x_t, t, y)):
-        assert_close(mine, helpers)
-
-# %% [markdown]
-# The guess is good where there is little noise. The more noise, the vaguer it gets: from the same $x_t$ many flowers are possible, and the network
-# answers with their average.
-
-# %%
-filmstrip([x_0, x_t, x_start], row_labels=["$x_0$", "$x_t$", r"guessed $\hat x_0$"], column_labels=[f"t = {int(i)}" for i in t],
-          alt="Six flowers, their noisy versions at rising t, and the network's guesses: near perfect at t = 100, a blurred flower at t = 850")
+# %% tags=["cover"]
+sunflower = species_labels("sunflower", species).to(device)
+generator = torch.Generator(device).manual_seed(3)
+states = list(ddpm(flowers, photo_process, start(1, 1), sunflower, steps=50, generator=generator))
+shown = [0, 20, 35, 49]
+filmstrip(
+    [[states[i].x[0].cpu() for i in shown], [states[i].x_start[0].cpu() for i in shown]],
+    row_labels=["$x$", r"predicted $\hat x_0$"],
+    column_labels=[f"t = {states[i].t}" for i in shown],
+    arrow="the reverse process",
+    alt="The reverse film: noise turns into a sunflower; below, the prediction goes from a blurred "
+    "disc to a sharp flower",
+)
 
 
 # %% [markdown]
-# ## Algorithm 2
-#
-# Repeat that from $t = T-1$ down to 0, adding fresh noise of the posterior's variance each time, but none at the last step: what
-# is drawn there is the picture itself, and noise on it would stay for good.
+# What happens in one step? If the clean $x_0$ were known, notebook 02 would give the distribution
+# of $x_{t-1}$ exactly: the posterior $q(x_{t-1} \mid x_t, x_0)$, a Gaussian. The network predicts
+# $x_0$, so we clamp its prediction to the range of an image, put it in the place of $x_0$, and draw
+# from that Gaussian. At the last step the variance is zero. This is *Algorithm 2*:
 
 # %%
-def my_ddpm(x, y, generator):
-    for i in reversed(range(T)):
+@torch.no_grad()
+def my_ddpm(process, x, y, generator):
+    for i in reversed(range(process.timesteps)):
         t = torch.full((len(x),), i, device=device)
-        mean, variance, x_start = p_mean_variance(model, process, x, t, y)
+        output = model(x, process.timestep_map[t], y)
+        x_start = process.predict_start(x, t, output).clamp(-1, 1)
+        mean, variance = process.q_posterior_mean_variance(x_start, x, t)
         noise = torch.randn(x.shape, generator=generator, device=device) if i > 0 else 0
         x = mean + variance.sqrt() * noise
     return x
 
 
 # %% [markdown]
-# A thousand steps with two pictures, by hand and by the helper, from the same noise and with the same random numbers:
+# By hand and by the package, with 100 of the 1,000 timesteps (`respace`, notebook 02), from the
+# same noise and with the same random numbers:
 
 # %%
-x_T = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2)).to(device)
-species = torch.tensor([0, 3], device=device)
-with torch.no_grad():
-    mine = my_ddpm(x_T, species, torch.Generator(device).manual_seed(3))
-states = list(ddpm(model, process, x_T, species, generator=torch.Generator(device).manual_seed(3)))
-assert_close(mine, states[-1].x, atol=1e-3, rtol=0)
-print(f"{len(states)} states, from t = {states[0].t} to t = {states[-1].t}")
+x_T, y = start(2, 2, shape), torch.tensor([0, 3], device=device) % len(classes)
+mine = my_ddpm(process.respace(100), x_T, y, torch.Generator(device).manual_seed(3))
+*_, last = ddpm(model, process, x_T, y, steps=100, generator=torch.Generator(device).manual_seed(3))
+assert_close(mine, last.x, atol=1e-3, rtol=0)
+print("largest difference of a pixel:", f"{(mine - last.x).abs().max():.2f}")
 
 # %% [markdown]
-# The helper is a generator: it yields every state, so the loop can be watched. Above the picture just after the step at time t, below the clean one that the network believed in. The
-# guess knows colour and place from the first frame and then gains detail; in the picture itself the flower appears about half-way, and the last noise goes at the end.
-
-# %% tags=["cover"]
-shown = [0, 200, 400, 600, 700, 800, 900, 950, 999]
-filmstrip([[states[i].x[1].cpu() for i in shown], [states[i].x_start[1].cpu() for i in shown]], row_labels=["after the step", r"$\hat x_0$"],
-          column_labels=[f"t = {states[i].t}" for i in shown], arrow="the reverse process",
-          alt="The reverse film: noise turns into a flower; below, the predicted flower goes from a blurred disc to ragged petals")
-
-# %% [markdown]
-# ## Three traps
+# Three details decide whether it works. The clamp: a prediction outside $[-1, 1]$ is no image, and
+# its error would grow from step to step. The start: the first step must be at $t = T - 1$ however
+# few there are, since a network that is told a smaller $t$ takes some of the noise for a flower.
+# And the end: no noise is added in the last step, for nothing would remove it.
 #
-# **The last step.** The posterior's variance at $t=0$ is zero, so the last state is its own guess:
-
-# %%
-assert torch.equal(states[-1].x, p_mean_variance(model, process, states[-2].x, torch.zeros(2, dtype=torch.int64, device=device), species)[0])
-assert_close(states[-1].x, states[-1].x_start)
-
-# %% [markdown]
-# **The clamp.** A network that predicts $\epsilon$ has its error multiplied by $\sqrt{1-\bar\alpha_t}/\sqrt{\bar\alpha_t}$ on the way to $\hat x_0$ (notebook 02), which at large $t$ means far outside
-# $[-1, 1]$. Ours predicts $v$, whose error does not grow so, but may leave the range, too. A picture cannot be there, so $\hat x_0$ is clamped (never $x_t$, which has every right to be large).
-
-# %%
-assert all(state.x_start.abs().max() <= 1 for state in states)
-assert states[0].x.abs().max() > 2, "a noisy state must not be clamped"
-
-# %% [markdown]
-# **The start.** The first step must happen at $t = T-1$, whatever the number of steps: a network that is told "t = 980" and shown pure noise believes that
-# some of the noise is flower. And the last step must arrive at a clean picture.
-
-# %%
-for steps in (10, 13, 20, 50):
-    visited = [state.t for state in ddim(model, process, x_T, species, steps=steps)]
-    assert visited[0] == T - 1 and len(visited) == steps and visited == sorted(set(visited), reverse=True)
-    print(f"{steps} steps: {', '.join(map(str, visited[:3]))}, ..., {visited[-1]}, done")
-
-
-# %% [markdown]
-# ## Is the mathematics right? A case with a known answer
+# ## The noise level
 #
-# Let the "pictures" be single numbers from a Gaussian with mean 0.3 and standard deviation 0.2. Then the best possible guess of $x_0$ is known in closed
-# form, and no training is needed:
+# Divide $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ by
+# $\sqrt{\bar\alpha_t}$:
 #
-# $$ \mathbb E[x_0 \mid x_t] = \mu + \frac{\sqrt{\bar\alpha_t}\,\sigma^2}{\bar\alpha_t\sigma^2 + 1 - \bar\alpha_t}\,(x_t - \sqrt{\bar\alpha_t}\,\mu) $$
-
-# %%
-class PerfectDenoiser(torch.nn.Module):
-    def __init__(self, process, mean=0.3, std=0.2):
-        super().__init__()
-        self.process, self.mean, self.std = process, mean, std
-
-    def forward(self, x, t, y=None):
-        alpha_bar = self.process.alphas_cumprod[t].view(-1, 1, 1, 1)
-        gain = alpha_bar.sqrt() * self.std**2 / (alpha_bar * self.std**2 + 1 - alpha_bar)
-        x_start = self.mean + gain * (x - alpha_bar.sqrt() * self.mean)
-        return self.process.predict_noise_from_start(x, t, x_start)
-
-
-# %% [markdown]
-# From pure noise, every sampler must arrive at that Gaussian. With all the steps, all three do:
-
-# %%
-toy = GaussianDiffusion(linear_beta_schedule(), prediction="eps")
-x_T = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(4))
-ends = {}
-for name, sampler in SAMPLERS.items():
-    *_, last = sampler(PerfectDenoiser(toy), toy, x_T, steps=T)
-    ends[name] = last.x
-    assert abs(last.x.mean() - 0.3) < 0.01 and abs(last.x.std() - 0.2) < 0.01, name
-
-# %%
-grid = torch.linspace(-0.6, 1.2, 200)
-density = torch.distributions.Normal(0.3, 0.2).log_prob(grid).exp()
-plot_histograms(ends, x_label="sample", curves={"the true density": (grid, density)},
-                alt="Histograms of the samples of DDPM, DDIM and DPM-Solver++ all follow the true Gaussian density")
-
-# %% [markdown]
-# Fewer steps are larger steps, and each takes $\hat x_0$ for granted a little too long: the samples crowd around the mean. With a known answer we can see by how much.
-# (The other two samplers are explained below; mind how few steps the last one needs.)
-
-# %%
-counts = (5, 10, 20, 50, 100, 200, 500)
-spread = {name: [list(sampler(PerfectDenoiser(toy), toy, x_T, steps=n))[-1].x.std() for n in counts] for name, sampler in SAMPLERS.items()}
-plot_lines({name: (counts, values) for name, values in spread.items()}, x_label="steps", y_label="standard deviation", markers=True, log_x=True,
-           hlines={"the true one": 0.2}, alt="Standard deviation of the samples against steps: all rise towards the true 0.2; DPM-Solver++ is closest throughout")
-
-
-# %% [markdown]
-# And an oracle that knows the one true noise must bring back the very picture, along any path:
-
-# %%
-class Oracle(torch.nn.Module):
-    def forward(self, x, t, y=None):
-        answer = process.predict_noise_from_start(x, t, x_0)
-        return answer if process.prediction == "eps" else process.predict_v(x_0, t, answer)
-
-
-for sampler in SAMPLERS.values():
-    *_, last = sampler(Oracle(), process, torch.randn_like(x_0), steps=20)
-    assert_close(last.x, x_0, atol=1e-4, rtol=0)
-
-
-# %% [markdown]
-# ## DDIM: the same network, fewer steps, no dice
+# $$ \bar x = \frac{x_t}{\sqrt{\bar\alpha_t}} = x_0 + \sigma\,\epsilon, \qquad \sigma =
+# \sqrt{\frac{1-\bar\alpha_t}{\bar\alpha_t}} . $$
 #
-# Song et al. (2021) noticed that the training only ever uses $q(x_t \mid x_0)$. Any backward path with these marginals will do, also one without
-# fresh noise: from $x_t$, the guess $\hat x_0$ and the noise $\hat\epsilon$ that goes with it, mix the two again in the proportion of an earlier time:
-#
-# $$ x_{s} = \sqrt{\bar\alpha_{s}}\;\hat x_0 + \sqrt{1-\bar\alpha_{s}}\;\hat\epsilon $$
+# This is the same process, seen without the shrinking. All that is left of schedule and $t$ is the
+# *noise level* $\sigma$ (Karras et al. 2022), which falls during sampling from hundreds to zero.
+# Its logarithm is $\lambda = -\log\sigma$, half the log-SNR.
 
 # %%
-def my_ddim(x, y, steps):
-    times = [T * k // steps - 1 for k in range(steps, 0, -1)]
-    for now, then in zip(times, [*times[1:], -1]):
-        t = torch.full((len(x),), now, device=device)
-        x_start = process.predict_start(x, t, model(x, t, y)).clamp(-1, 1)
-        noise = process.predict_noise_from_start(x, t, x_start)
-        alpha_bar = process.alphas_cumprod[then] if then >= 0 else torch.ones((), device=device)
-        x = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
+schedules = {name: GaussianDiffusion.from_config(name) for name in ("linear", "cosine")}
+plot_lines(
+    {name: p.sigmas for name, p in schedules.items()},
+    x_label="t",
+    y_label=r"noise level $\sigma$",
+    log_y=True,
+    hlines={"as much noise as signal": 1},
+    size=(720, 260),
+    alt="Noise level against t on a log axis, for both schedules: from about 0.01 through 1 to 157 "
+    "for the linear and to 20,000 for the cosine schedule",
+)
+
+
+# %% [markdown]
+# The network's prediction gives the noise, $\hat\epsilon = (\bar x - \hat x_0)/\sigma$, and with it
+# the *score*, the direction in which a noisy image becomes more probable:
+# $\nabla \log p(\bar x; \sigma) = -\hat\epsilon/\sigma$ (for the best prediction this is exact,
+# notebook 06 derives it). Song et al. (2021) showed that following it removes noise without any
+# randomness. Images that move by
+#
+# $$ \frac{d\bar x}{d\sigma} = \hat\epsilon(\bar x, \sigma) $$
+#
+# have at every noise level the very distribution of noisy images: the *probability-flow ODE*.
+# Euler's method takes a step with the slope at its start. That is **DDIM**:
+#
+# $$ \bar x' = \bar x + (\sigma' - \sigma)\,\hat\epsilon = \hat x_0 +
+# \frac{\sigma'}{\sigma}\,(\bar x - \hat x_0) . $$
+#
+# In words: keep the prediction, and shrink what is left of the noise.
+
+# %%
+def denoise(model, process, x_bar, t, y):
+    """The predicted x_0 at the noise level of t."""
+    t = torch.full((len(x_bar),), int(t), device=device)
+    x = x_bar * process.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
+    return process.predict_start(x, t, model(x, t, y)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def my_ddim(model, process, x_T, y, timesteps):
+    sigmas = [*process.sigmas[timesteps], 0.0]
+    x = x_T / process.sqrt_alphas_cumprod[-1]
+    for t, sigma, lower in zip(timesteps, sigmas[:-1], sigmas[1:], strict=True):
+        x_start = denoise(model, process, x, t, y)
+        x = x_start + lower / sigma * (x - x_start)
     return x
 
 
 # %%
-x_T = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2)).to(device)
-with torch.no_grad():
-    mine = my_ddim(x_T, species, 50)
-*_, last = ddim(model, process, x_T, species, steps=50)
-assert_close(mine, last.x, atol=1e-4, rtol=0)
+evenly = list(range(T - 1, 0, -T // 20))  # 999, 949, ..., 49
+mine = my_ddim(model, process, x_T, y, evenly)
+*_, last = ddim(model, process, x_T, y, steps=20)
+assert_close(mine, last.x, atol=1e-3, rtol=0)
+print("largest difference of a pixel:", f"{(mine - last.x).abs().max():.2f}")
 
 # %% [markdown]
-# Without dice, the same noise gives the same flower, always. With `eta=1` the dice are back, and DDIM *is* DDPM: the same variance, the same mean.
+# Without randomness the same noise always gives the same flower, in more detail with more steps.
+# DDPM adds new noise on the way, and ends elsewhere each time. (`ddim(..., eta=1)` adds DDPM's
+# noise; then both are one.)
 
 # %%
-*_, again = ddim(model, process, x_T, species, steps=50)
-assert torch.equal(again.x, last.x)
-
-dice = lambda: torch.Generator(device).manual_seed(5)
-*_, a = ddim(model, process, x_T, species, steps=100, eta=1.0, generator=dice())
-*_, b = ddpm(model, process, x_T, species, steps=100, generator=dice())
-assert_close(a.x, b.x, atol=1e-3, rtol=0)
-
-
-# %% [markdown]
-# ## DPM-Solver++: look back to see ahead
-#
-# DDIM treats $\hat x_0$ as fixed during a step. But it moves, and from its last two values one can see where to: DPM-Solver++(2M) (Lu et al. 2022) extends
-# that line to the middle of the step. Time is measured in $\lambda = \log(\sqrt{\bar\alpha}/\sqrt{1-\bar\alpha})$, half the logarithm of the signal-to-noise ratio; with $h$ the length of this step and
-# $r$ the last one's length over it, the paper's formula reads (in its own letters: this $\alpha$ is not DDPM's $1 - \beta$)
-#
-# $$ D = \Big(1 + \tfrac{1}{2r}\Big)\hat x_0 - \tfrac{1}{2r}\,\hat x_0^\text{before}, \qquad x_s = \frac{\sigma_s}{\sigma_t}\,x_t - \alpha_s\,(e^{-h} - 1)\,D, \qquad \alpha = \sqrt{\bar\alpha},\ \sigma = \sqrt{1-\bar\alpha} $$
-
-# %%
-def my_dpm_solver(x, y, steps):
-    times = [T * k // steps - 1 for k in range(steps, 0, -1)]
-    alpha_bar = torch.cat([process.exact_alphas_cumprod[times], torch.ones(1, dtype=torch.float64)])
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    lambda_, before = (alpha / sigma).log(), None
-    for i, now in enumerate(times):
-        t, h = torch.full((len(x),), now, device=device), lambda_[i + 1] - lambda_[i]
-        x_start = target = process.predict_start(x, t, model(x, t, y)).clamp(-1, 1)
-        if 0 < i < steps - 1:
-            r = (lambda_[i] - lambda_[i - 1]) / h
-            target = (1 + 1 / (2 * r)) * x_start - before / (2 * r)
-        x, before = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * ((-h).exp() - 1) * target, x_start
-    return x
-
-
-# %% [markdown]
-# The helper says the same more shortly: with $D$ in the place of $\hat x_0$, and the noise that goes with it, the step is DDIM's.
-
-# %%
-with torch.no_grad():
-    mine = my_dpm_solver(x_T, species, 20)
-*_, last = dpm_solver(model, process, x_T, species, steps=20)
-assert_close(mine, last.x, atol=1e-4, rtol=0)
-
-# %% [markdown]
-# Same noise, same network, 10, 20 and 50 steps:
-
-# %%
-x_T = torch.randn(4, *shape, generator=torch.Generator().manual_seed(6)).to(device)
-species = torch.tensor([1, 2, 3, 4], device=device)
+names = ["rose", "hibiscus"]
+labels = species_labels(names, species).to(device)
 rows = {}
-for name, sampler in SAMPLERS.items():
-    for steps in (10, 20, 50):
-        dice = {"generator": torch.Generator(device).manual_seed(7)} if sampler is ddpm else {}
-        *_, state = sampler(model, process, x_T, species, steps=steps, **dice)
-        rows[f"{name}, {steps}"] = state.x.cpu()
-
-# %%
-filmstrip(list(rows.values()), row_labels=list(rows), scale=2,
-          alt="Four samples by DDPM, DDIM and DPM-Solver++ with 10, 20 and 50 steps: DDPM changes with every row, the other two draw the same flowers throughout")
+for sampler in (ddpm, ddim):
+    for steps in (10, 20):
+        options = {"generator": torch.Generator(device).manual_seed(7)} if sampler is ddpm else {}
+        *_, last = sampler(flowers, photo_process, start(2, 6), labels, steps=steps, **options)
+        rows[f"{sampler.__name__}, {steps} steps"] = last.x.cpu()
+filmstrip(
+    list(rows.values()),
+    row_labels=list(rows),
+    column_labels=names,
+    scale=2,
+    alt="A rose and a hibiscus by DDPM and by DDIM in 10 and in 20 steps: DDPM's "
+    "differ between the rows, DDIM's are the same flowers, clearer with 20 steps",
+)
 
 # %% [markdown]
-# DDPM rolls dice on the way, others for each number of steps, and so ends at other flowers. The two deterministic samplers agree on what the noise means, and get closer to one another with more steps. Who gets
-# there first? We take 200 steps of DDIM as the truth and measure how far each is from it: as on the toy problem, the second order pays.
+# ## A case with a known solution
+#
+# How wrong is a sampler with few steps? Let "images" be single numbers from a Gaussian with mean
+# $\mu = 0.3$ and standard deviation $s = 0.2$. Then the best prediction is known (notebook 02), no
+# training is needed, and the ODE has a solution in closed form: it keeps the number of standard
+# deviations from the mean.
+#
+# $$ \mathbb E[x_0 \mid \bar x] = \mu + \frac{s^2}{s^2 + \sigma^2}\,(\bar x - \mu), \qquad x_0 =
+# \mu + s\,\frac{\bar x_T - \mu}{\sqrt{s^2 + \sigma_T^2}} $$
 
 # %%
-*_, truth = ddim(model, process, x_T, species, steps=200)
-counts = (5, 10, 20, 50)
-errors = {}
-for name, sampler in {"ddim": ddim, "dpm_solver": dpm_solver}.items():
-    ends = [list(sampler(model, process, x_T, species, steps=steps))[-1].x for steps in counts]
-    errors[name] = [float((x - truth.x).pow(2).mean().sqrt()) for x in ends]
-assert errors["dpm_solver"][2] < errors["ddim"][2], "at 20 steps the second order must pay"
+mu, s = 0.3, 0.2
+toy = GaussianDiffusion.from_config("cosine", prediction="x0")
+
+
+def perfect(x, t, y=None):
+    a = toy.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
+    sigma = toy.sigmas[t].view(-1, 1, 1, 1)
+    return mu + s**2 / (s**2 + sigma**2) * (x / a - mu)
+
+
+class Perfect(torch.nn.Module):
+    def forward(self, x, t, y=None):
+        return perfect(x, t)
+
+
+noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(4))
+bar = noise / toy.sqrt_alphas_cumprod[-1]
+solution = mu + s * (bar - mu) / (s**2 + toy.sigmas[-1] ** 2) ** 0.5
 
 # %%
-plot_lines({name: (counts, error) for name, error in errors.items()}, x_label="steps", y_label="distance from the truth", log_x=True, log_y=True, markers=True, size=(720, 260),
-           alt="Root mean square distance from the truth against the number of steps, on log axes: both fall, DPM-Solver++ below DDIM")
+ends = {}
+for steps in (5, 20, 100):
+    *_, last = ddim(Perfect(), toy, noise, steps=steps)
+    ends[f"{steps} steps"] = last.x
+    print(f"DDIM with {steps:3} steps: standard deviation {last.x.std():.3f}, the true one is {s}")
+axis = torch.linspace(-0.5, 1.1, 200)
+density = torch.distributions.Normal(mu, s).log_prob(axis).exp()
+plot_histograms(
+    ends,
+    x_label="sample",
+    curves={"true density": (axis, density)},
+    alt="Histograms of DDIM's samples: with 5 steps far too narrow, with 20 nearly, with 100 "
+    "hardly to be told from the true density",
+)
+
+
+# %% [markdown]
+# With few steps the samples are too close to the mean. DDIM holds $\hat x_0$ fixed for a whole
+# step, but $\hat x_0$ moves away from the mean as the noise falls.
+#
+# ## Second order
+#
+# **DPM-Solver++(2M)** (Lu et al. 2022) uses that the last step's prediction is still known: it
+# extrapolates the two along a line in $\lambda$ to the middle of the step, and uses that in place
+# of $\hat x_0$. With $h$ and $h_\text{before}$ the lengths of this and of the last step in
+# $\lambda$:
+#
+# $$ D = \hat x_0 + \frac{h}{2\,h_\text{before}}\,\big(\hat x_0 -
+# \hat x_0^\text{before}\big), \qquad \bar x' = D + \frac{\sigma'}{\sigma}\,(\bar x - D) $$
+#
+# It costs no further call of the network. The first step, which has no predecessor, and the last,
+# where $\lambda$ is infinite, are DDIM's.
+
+# %%
+@torch.no_grad()
+def my_dpm_solver(model, process, x_T, y, timesteps):
+    sigmas = [*process.sigmas[timesteps], torch.tensor(0.0)]
+    x = x_T / process.sqrt_alphas_cumprod[-1]
+    before = None
+    for i, t in enumerate(timesteps):
+        sigma, lower = sigmas[i], sigmas[i + 1]
+        x_start = target = denoise(model, process, x, t, y)
+        if before is not None and lower > 0:
+            ratio = (sigma / lower).log() / (sigmas[i - 1] / sigma).log()
+            target = x_start + ratio / 2 * (x_start - before)
+        x = target + lower / sigma * (x - target)
+        before = x_start
+    return x
+
+
+# %% [markdown]
+# **Heun's method** (EDM, Karras et al. 2022) takes Euler's step, calls the network a second time at
+# its end, and goes again from the start with the mean of both slopes. Two calls a step:
+
+# %%
+@torch.no_grad()
+def my_heun(model, process, x_T, y, timesteps):
+    sigmas = [*process.sigmas[timesteps], torch.tensor(0.0)]
+    x = x_T / process.sqrt_alphas_cumprod[-1]
+    for i, t in enumerate(timesteps):
+        sigma, lower = sigmas[i], sigmas[i + 1]
+        x_start = denoise(model, process, x, t, y)
+        x_end = x_start + lower / sigma * (x - x_start)
+        if i > 0 and lower > 0:  # the first step is far too long for a second opinion
+            slope = (x - x_start) / sigma
+            slope_at_end = (x_end - denoise(model, process, x_end, timesteps[i + 1], y)) / lower
+            x_end = x + (lower - sigma) * (slope + slope_at_end) / 2
+        x = x_end
+    return x
+
+
+# %%
+for mine, sampler in ((my_dpm_solver, dpm_solver), (my_heun, heun)):
+    ours = mine(model, process, x_T, y, evenly)
+    *_, last = sampler(model, process, x_T, y, steps=20)
+    assert_close(ours, last.x, atol=2e-3, rtol=0)
+    print(f"{sampler.__name__}: largest difference of a pixel {(ours - last.x).abs().max():.2f}")
+
+# %% [markdown]
+# Does second order pay? On the Gaussian we know the solution, so we can measure the error of each
+# sampler, and its slope: halving the steps should halve the error of a method of first order, and
+# quarter that of second order. The steps are spaced as EDM has them, which the next section
+# explains.
+
+# %%
+counts = (5, 10, 20, 40, 80)
+error = {}
+for name in ("ddim", "dpm_solver", "heun"):
+    for steps in counts:
+        *_, last = SAMPLERS[name](Perfect(), toy, noise, steps=steps, spacing="karras")
+        error[name, steps] = float((last.x - solution).square().mean().sqrt())
+
+# %%
+for name in ("ddim", "dpm_solver", "heun"):
+    slope = (torch.tensor(error[name, 20] / error[name, 80]).log2() / 2).item()
+    print(f"{name:>10}: slope {slope:.1f} from 20 to 80 steps")
+    assert abs(slope - (1 if name == "ddim" else 2)) < 0.2
+calls = {"ddim": counts, "dpm_solver": counts, "heun": [2 * steps - 2 for steps in counts]}
+plot_lines(
+    {name: (calls[name], [error[name, steps] for steps in counts]) for name in calls},
+    x_label="calls of the network",
+    y_label="error (root mean square)",
+    log_x=True,
+    log_y=True,
+    markers=True,
+    alt="Error against calls of the network on log axes: DDIM falls along a line of slope 1, "
+    "DPM-Solver++ and Heun twice as steeply; DPM-Solver++ has the smallest error throughout",
+)
+
+# %% [markdown]
+# ## Where to spend few steps
+#
+# Twenty steps may be spread evenly in $t$, in $\lambda$, or, as EDM does, evenly in
+# $\sigma^{1/\rho}$ with $\rho = 7$: in between, with most steps at low noise levels.
+
+# %%
+spacings = {name: process.respace(20, name) for name in ("uniform", "lambda", "karras")}
+plot_lines(
+    {name: (range(1, 21), p.sigmas.flip(0)) for name, p in spacings.items()},
+    x_label="step",
+    y_label=r"noise level $\sigma$",
+    log_y=True,
+    markers=True,
+    alt="Noise level of each of 20 steps on a log axis: evenly in t they stay between 10 and 0.08, "
+    "after a first step far above; evenly in lambda they fall on a line; Karras' bend below it at "
+    "the end",
+)
+
+# %%
+print("standard deviation with 20 steps, where the true one is 0.2")
+print(f"{'':10} {'uniform':>8} {'lambda':>8} {'karras':>8}")
+for name in ("ddim", "dpm_solver", "heun"):
+    found = [list(SAMPLERS[name](Perfect(), toy, noise, steps=20, spacing=s))[-1] for s in spacings]
+    print(f"{name:>10}", *(f"{last.x.std():8.3f}" for last in found))
+
+# %% [markdown]
+# On the Gaussian, steps evenly in $\lambda$ win with all three samplers, since there the prediction
+# changes most evenly. Are they best for flowers, too? A network is least certain at the highest
+# noise levels, where the flower as a whole is decided, and at the lowest there is nothing left to
+# decide, so the answer depends on the network. Look, and choose:
+
+# %%
+rows = {}
+for name, spacing in (("ddim", "uniform"), ("dpm_solver", "uniform"), ("dpm_solver", "karras")):
+    *_, last = SAMPLERS[name](
+        flowers, photo_process, start(2, 6), labels, steps=12, spacing=spacing
+    )
+    rows[f"{name}, {spacing}"] = last.x.cpu()
+filmstrip(
+    list(rows.values()),
+    row_labels=list(rows),
+    column_labels=names,
+    scale=2,
+    alt="A rose and a hibiscus in 12 steps by DDIM and DPM-Solver++ with two "
+    "spacings: "
+    "the same flowers, which differ in contrast and in fine texture",
+)
 
 
 # %% [markdown]
 # ## From one flower to another
 #
-# A deterministic sampler turns noise space into a map of flowers: nearby noises, similar flowers. To walk from one noise to another, a straight line will
-# not do: its middle is too quiet, with a standard deviation of $\sqrt{1/2}$, and the network has never seen such noise. Pure noise lies on a sphere, so
-# walk along the sphere: *spherical* interpolation.
+# A deterministic sampler maps noise to flowers, and near noise to similar flowers. To walk from one
+# noise to another, a straight line will not do: half-way the standard deviation is $\sqrt{1/2}$
+# instead of 1, noise that the network has never seen. So we walk along the arc, and mix the
+# predictions for two species in the same proportion:
 
 # %%
 def slerp(a, b, weights):
     angle = torch.acos(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
     weights = weights.view(-1, 1, 1, 1)
-    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(
+        angle
+    )
+
+
+class Between(torch.nn.Module):
+    """Predictions for two species, mixed with one weight per image."""
+
+    def __init__(self, species, weights):
+        super().__init__()
+        self.species, self.weights = species, weights.view(-1, 1, 1, 1)
+
+    def forward(self, x, t, y=None):
+        first, second = (network(x, t, label.expand(len(x))) for label in self.species)
+        return torch.lerp(first, second, self.weights)
 
 
 # %%
-a, b = torch.randn(2, *shape, generator=torch.Generator().manual_seed(11))
-middle = slerp(a, b, torch.tensor([0.5]))
-assert abs(middle.std() - 1) < 0.05 < abs((0.5 * a + 0.5 * b).std() - 1)
-print(f"the line's middle: {(0.5 * a + 0.5 * b).std():.1f}   the arc's middle: {middle.std():.1f}")
+a, b = start(2, 11)
+weights = torch.linspace(0, 1, 4, device=device)
+line = torch.stack([torch.lerp(a, b, weight) for weight in weights])
+walk = slerp(a, b, weights)
+print(f"standard deviation half-way: line {line[3].std():.1f}, arc {walk[3].std():.1f}")
 
 # %%
-weights = torch.linspace(0, 1, 7)
-path = slerp(a, b, weights).to(device)
-line = torch.stack([(1 - w) * a + w * b for w in weights]).to(device)
+pair = species_labels(["sunflower", "osteospermum"], species).to(device)
 walks = []
-for noises in (path, line):
-    *_, state = dpm_solver(model, process, noises, torch.full((7,), 3, device=device), steps=20)
-    walks.append(state.x.cpu())
-filmstrip(walks, row_labels=["arc", "straight line"], column_labels=[f"{w:.2f}" for w in weights],
-          alt="Seven steps from one flower to another: along the arc all are equally crisp; along the straight line the middle ones are smooth and pale")
+for noises in (walk, line):
+    *_, last = ddim(Between(pair, weights), photo_process, noises, steps=12)
+    walks.append(last.x.cpu())
+filmstrip(
+    walks,
+    row_labels=["arc", "straight line"],
+    column_labels=[f"{w:.2f}" for w in weights],
+    alt="Four steps from a sunflower to an osteospermum: along the arc all are flowers in full "
+    "contrast; along the straight line those in the middle are smooth and pale",
+)
 
 # %% [markdown]
 # ## In one call
 #
-# `sample` is all that in one line, for who only wants pictures. One row a species:
+# If you only need images, `sample_image` does all of this by name: it loads the weights, applies
+# guidance, and takes `sampler=`, `steps=`, `spacing=` and `seed=` if you want others than the
+# profile's.
 
 # %%
-labels = torch.arange(6, device=device).repeat_interleave(4)
-pictures = sample(model, process, labels, shape=shape, sampler="dpm_solver", steps=20, seed=8)
-image_grid(pictures.cpu(), columns=4, scale=2, row_labels=classes[:6], alt="Generated flowers, a row for each species")
+image_grid(
+    sample_image(["sunflower", "rose"], 2, steps=12, seed=1),
+    columns=4,
+    scale=2,
+    alt="Two generated sunflowers and two roses",
+)
 
 # %% [markdown]
-# And photographs? The two networks in `models/` have learned from Flowers102, one at 32 x 32 pixels, the other one at 64 x 64. `sample_image` reads the larger one's weights and asks it for a species by name. (And it insists on the species by *guidance*, the subject of the next stage.)
+# The film in your hands: press play or move the frame, change the sampler, the spacing or the
+# noise. A new film is computed first; the bar shows how far it is.
 
 # %%
-sunflowers = sample_image("sunflower", 3, sampler="ddim", steps=20, seed=1)
-image_grid(sunflowers, columns=3, scale=3, alt="Three sunflowers that the network drew: dark centres, yellow petals")
-
-# %% [markdown]
-# ## Play
-#
-# The reverse film of the smaller network, in your hands. Press play or drag the frame; change the sampler and the number of steps, and the same noise takes another way; new noise, another flower.
-# A film that has not been seen yet is computed first, which the bar shows.
-
-# %%
-flowers, flower_process, species_names = load_model(PROFILES["flowers32"].weights, device)
-sunflower, side = species_labels("sunflower", species_names).to(device), flowers.config["image_size"]
 films = {}
 
 
-def film(frame, sampler, steps, noise):
-    states = films.setdefault((sampler, steps, noise), [])
-    if len(states) < steps:
-        x_T = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(noise)).to(device)
-        for count, state in enumerate(SAMPLERS[sampler](flowers, flower_process, x_T, sunflower, steps=steps)):
-            states[count:] = [state]
-            yield (count + 1) / steps
-    state = states[round(frame / 20 * (steps - 1))]
-    yield image_grid(torch.cat([state.x, state.x_start]).cpu(), scale=6, column_labels=[f"after t = {state.t}", r"guessed $\hat x_0$"],
-                     alt=f"The reverse film by {sampler} in {steps} steps at t = {state.t}: left the picture, right the clean sunflower that the network expects")
+def film(frame, sampler, spacing, noise):
+    states = films.setdefault((sampler, spacing, noise), [])
+    if len(states) < 20:
+        options = {"steps": 20, "spacing": spacing}
+        steps = SAMPLERS[sampler](flowers, photo_process, start(1, noise), sunflower, **options)
+        for count, state in enumerate(steps, 1):
+            states[count - 1 :] = [state]
+            yield count / 20
+    state = states[min(frame, 20) - 1]
+    yield image_grid(
+        torch.cat([state.x, state.x_start]).cpu(),
+        scale=4,
+        column_labels=[f"after t = {state.t}", r"predicted $\hat x_0$"],
+        alt=f"The reverse film by {sampler} in 20 steps at t = {state.t}: left the image, right "
+        "the sunflower that the network predicts",
+    )
 
 
 # %%
-Explorer(film, play="frame", frame=widgets.IntSlider(14, 0, 20), sampler=widgets.Dropdown(options=list(SAMPLERS), value="ddim"),
-         steps=widgets.Dropdown(options=[10, 20, 50, 200], value=20), noise=Again("new noise"))
+Explorer(
+    film,
+    play="frame",
+    frame=widgets.IntSlider(14, 1, 20),
+    sampler=widgets.Dropdown(options=list(SAMPLERS), value="ddim"),
+    spacing=widgets.Dropdown(options=["uniform", "lambda", "karras"], value="uniform"),
+    noise=Again("new noise"),
+)
 
 # %% [markdown]
 # ## Your turn
 #
-# 1. What does `ddim` give for `eta=0.5`: is the spread of the samples still right? Try it with `PerfectDenoiser` and all the steps, and put the standard deviation in `my_spread`.
-# 2. Noise a real flower to $t = 500$ and let `ddim` bring it back: it takes only the part of the process below 500. What stays of the flower?
+# Replace `None` or `...` and run the cell; it says whether you are right.
+#
+# **1. Half the noise.** With `eta=0.5`, `ddim` adds half of DDPM's standard deviation in each step.
+# Is the spread of its samples still right? Sample the Gaussian from `noise` with all 1,000 steps,
+# and give the standard deviation.
 
 # %% tags=["exercise"]
-my_spread = None  # your answer to 1
+spread = None
+
+check(
+    "exercise 1", spread, 0.2, tolerance=0.005, hint="ddim(Perfect(), toy, noise, steps=T, eta=0.5)"
+)
 
 # %% [markdown]
-# ## Solutions
+# <details><summary>Solution</summary>
 #
-# 1. Every eta has the right marginals, so the spread is right for every eta, given enough steps.
+# ```python
+# *_, last = ddim(Perfect(), toy, noise, steps=1000, eta=0.5)
+# spread = float(last.x.std())
+# ```
+#
+# Every `eta` has the right distribution at each noise level, given enough steps.
+# </details>
+#
+# **2. Back from the middle.** Add noise to the held-out flowers `x_0` up to $t = 500$, and let
+# `ddim` bring them back in 25 steps. What remains? The process below $t = 500$ is a process of its
+# own, `half`.
 
-# %% tags=["solution"]
-x_T = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(4))
-*_, last = ddim(PerfectDenoiser(toy), toy, x_T, steps=T, eta=0.5, generator=torch.Generator().manual_seed(9))
-my_spread = float(last.x.std())
-assert abs(my_spread - 0.2) < 0.01
+# %% tags=["exercise"]
+held_out = load_data(profile, "val")
+x_0 = to_float(held_out.images[:4]).to(device)
+labels_of_x_0 = held_out.labels[:4].to(device)
+half = GaussianDiffusion(process.exact_betas[:501], process.prediction).to(device)
+back = None
+
+check(
+    "exercise 2",
+    back,
+    lambda x: 0.001 < (x - x_0).square().mean() < 0.1,
+    hint="half.q_sample(x_0, t, noise) with t = 500 for each image, then ddim(model, half, ...).",
+)
 
 # %% [markdown]
-# 2. A process that is cut off at $t=500$ is a process of its own, with 501 times. What stays is what had not drowned in noise by then: place and colour;
-# details are invented anew.
+# <details><summary>Solution</summary>
+#
+# ```python
+# t = torch.full((4,), 500, device=device)
+# noisy = half.q_sample(x_0, t, start(4, 10, shape))
+# *_, last = ddim(model, half, noisy, labels_of_x_0, steps=25)
+# back = last.x
+# image_grid(torch.cat([x_0, back]).cpu(), columns=4)
+# ```
+#
+# What had not drowned in noise by then remains: place, size and colour. The petals are new.
+# Notebook 10 makes a tool of it.
+# </details>
+#
+# **3. How probable is an image?** The ODE also gives a likelihood. Along its path the log density
+# changes by minus the divergence of the slope, so
+# $\log p(x_0) = \log p(\bar x_T) + \int_0^{\sigma_T} \operatorname{div}\hat\epsilon\;d\sigma$. For
+# our Gaussian the slope is $\hat\epsilon = \sigma(\bar x - \mu)/(s^2 + \sigma^2)$, and in one
+# dimension its divergence is its derivative. Compute $\log p(x_0)$ at $x_0 = \mu$, where
+# $\bar x = \mu$ all the way, for $\sigma_T = 100$.
 
-# %% tags=["solution"]
-half = GaussianDiffusion(process.betas[:501], process.prediction).to(device)
-t = torch.full((6,), 500, device=device)
-noisy = process.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(10)).to(device))
-*_, back = ddim(model, half, noisy, y, steps=25)
-filmstrip([x_0[:4], noisy[:4], back.x[:4]], row_labels=["before", "t = 500", "after"], alt="Four flowers, noised to t = 500, and brought back: place, size and colour stay, petals are redrawn")
+# %% tags=["exercise"]
+log_p = None
+
+check(
+    "exercise 3",
+    log_p,
+    float(torch.distributions.Normal(mu, s).log_prob(torch.tensor(mu))),
+    tolerance=0.02,
+    hint="log p(x_T) is that of a Gaussian with variance s^2 + 100^2 at its mean.",
+)
 
 # %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# sigma = torch.linspace(0, 100, 1_000_001, dtype=torch.float64)
+# divergence = sigma / (s**2 + sigma**2)
+# at_the_end = torch.distributions.Normal(mu, (s**2 + 100**2) ** 0.5).log_prob(torch.tensor(mu))
+# log_p = float(at_the_end + torch.trapezoid(divergence, sigma))
+# ```
+#
+# An image has thousands of dimensions, and the sum of as many derivatives is out of reach.
+# Hutchinson's estimator needs one: for random signs $z$, $z^\top J z$ has the divergence as its
+# mean. With the network, at noise level of `t` and for `x_bar`:
+#
+# ```python
+# z = torch.randint(2, x_bar.shape, device=device) * 2.0 - 1
+# with torch.enable_grad():
+#     x_bar = x_bar.detach().requires_grad_()
+#     slope = (x_bar - denoise(model, process, x_bar, t, y)) / process.sigmas[t]
+#     divergence = (torch.autograd.grad((slope * z).sum(), x_bar)[0] * z).sum((1, 2, 3))
+# ```
+# </details>
+#
 # Next: [06_guidance](06_guidance.ipynb) asks for a species, and gets it.
