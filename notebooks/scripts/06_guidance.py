@@ -661,7 +661,7 @@ networks = {
 
 # %% [markdown]
 # The bits per dimension of 48 held-out images, for a first impression: the terms at some $t$,
-# straight lines between them, added up. (Stage 7 takes all thousand.)
+# straight lines between them, added up. (Notebook 07 has every term, of a process of 100 steps.)
 
 # %%
 some_t = [0, 1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 130, 190, 270, 370, 500, 650, 800, 950, 999]
