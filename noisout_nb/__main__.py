@@ -85,7 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_sample, _add_species, _add_train, _add_evaluate, _add_publish, _add_judge):
+    for add in (
+        _add_sample,
+        _add_species,
+        _add_train,
+        _add_evaluate,
+        _add_publish,
+        _add_judge,
+        _add_export,
+    ):
         add(commands)
     return parser
 
@@ -218,7 +226,8 @@ def _add_evaluate(commands) -> None:
         evaluate,
         "measure how good samples are",
         "Compares samples with held-out images and looks for copies of training images. Writes "
-        "evaluation.json, evaluation.md and figures to runs/PROFILE/.",
+        "evaluation.json, evaluation.md, features.pth and figures to runs/PROFILE/. Samples are "
+        "kept in runs/PROFILE/samples/, so that a run that was cut goes on with them.",
     )
     _add_profile(parser)
     parser.add_argument("--weights", help="file of weights (the profile's run, else the published)")
@@ -235,6 +244,15 @@ def _add_evaluate(commands) -> None:
         default="classifier",
         help="inception: also distances as others publish them (pip install torch-fidelity)",
     )
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="other weights to compare with, sampled without guidance",
+    )
+    parser.add_argument("--checkpoint", help="training state with the losses (the profile's run)")
+    parser.add_argument("--out", help="folder to write to (runs/PROFILE)")
     _add_fields(parser)
 
 
@@ -269,6 +287,19 @@ def _add_judge(commands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of network, batches, augmentation")
     parser.add_argument("--out", help="file to write (runs/PROFILE/classifier.pth)")
     _add_fields(parser, without=("batch_size",))
+
+
+def _add_export(commands) -> None:
+    parser = _command(
+        commands,
+        "export",
+        export,
+        "write a network as ONNX, for the web page that runs it",
+        "Compares its output with PyTorch's. Needs onnx and onnxruntime.",
+    )
+    parser.add_argument("--weights", help="file of weights (those of the profile)")
+    parser.add_argument("--out", default="onnx", help="folder to write flowers.bin and .json to")
+    _add_profile(parser, "flowers64")
 
 
 # Programs are imported when they run, so that --help and errors of usage come at once.
@@ -314,6 +345,13 @@ def train_judge(options: argparse.Namespace) -> int:
     from .commands import train_classifier_command
 
     return train_classifier_command(_profile(options), options)
+
+
+def export(options: argparse.Namespace) -> int:
+    """`export`: the network as ONNX."""
+    from .commands import export_command
+
+    return export_command(_profile(options), options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .grids import WIDTH
 from .picture import DPI, RATIO, Picture, styled
-from .plots import COLORS, GREY, finish, grey_lines, log_axis, new_figure, points_of, vector
+from .plots import COLORS, LINES, finish, grey_lines, log_axis, new_figure, points_of, vector
 
 
 @styled
@@ -111,36 +111,40 @@ def plot_bars(
 
 
 @styled
-def scatter(
-    groups: Mapping,
+def plot_tradeoff(
+    curves: Mapping,
     *,
     x_label: str = "",
     y_label: str = "",
-    title: str = "",
-    diagonal: bool = False,
-    equal: bool = False,
-    size: tuple[int, int] = (420, 400),
+    size: tuple[int, int] = (720, 420),
     alt: str = "",
 ) -> Picture:
-    """Points, one colour per group: name -> (x, y) as a tuple of tensors, arrays or lists.
+    """Two measures against each other as a setting varies, with the setting written at each point.
 
-    `diagonal` adds the line x = y, on which a measured value equals the true one; `equal` gives
-    both axes the same scale. Raises ValueError for x and y of different lengths.
+    `curves`: name -> list of (setting, x, y), x and y the values of repeated measurements, 1-D of
+    equal length: a point lies at their means, its bars are one standard error long to each side,
+    and the points are joined in the order given. Raises ValueError for a curve without points.
 
-    >>> scatter({"daisy": ([0, 1], [0, 2])}, x_label="true hue", y_label="measured hue")
-    measured hue against true hue: daisy
+    >>> plot_tradeoff({"a": [("1", [0.9, 1.0], [0.1, 0.2])]}, x_label="recall", y_label="precision")
+    precision against recall: a
     """
-    figure, axes = new_figure(size, x_label, y_label, title)
-    for (name, points), color in zip(groups.items(), cycle(COLORS)):
-        x, y = points_of(name, points)
-        dot = max(4, min(30, 4000 / max(1, len(x))))
-        axes.scatter(x, y, s=dot, color=color, alpha=0.6, linewidths=0, label=name)
-    if diagonal:
-        axes.axline((0, 0), slope=1, **GREY)
-    if equal:
-        axes.set_aspect("equal", adjustable="datalim")
-    alt = alt or f"{y_label} against {x_label}: {', '.join(groups)}"
-    return finish(figure, axes, list(groups), size, alt)
+    figure, axes = new_figure(size, x_label, y_label, "")
+    for (name, points), color, line in zip(
+        curves.items(), cycle(COLORS), cycle(LINES), strict=False
+    ):
+        if not points:
+            raise ValueError(f"curve {name!r} has no points: give a list of (setting, x, y)")
+        pairs = [points_of(name, (x, y)) for _, x, y in points]
+        x, y = np.array([[values.mean() for values in pair] for pair in pairs]).T
+        spread = [[values.std(ddof=1) if len(values) > 1 else 0 for values in p] for p in pairs]
+        errors = np.array(spread).T / np.sqrt([len(x) for x, _ in pairs])
+        look: dict[str, Any] = {"color": color, "linestyle": line, "marker": "o", "capsize": 2}
+        axes.errorbar(x, y, errors[1], errors[0], elinewidth=1, label=name, **look)
+        for (setting, _, _), at in zip(points, zip(x, y, strict=True), strict=True):
+            place: dict[str, Any] = {"xytext": (5, 5), "textcoords": "offset points"}
+            axes.annotate(str(setting), at, color=color, fontsize=9, **place)
+    alt = alt or f"{y_label} against {x_label}: {', '.join(curves)}"
+    return finish(figure, axes, list(curves), size, alt)
 
 
 @styled
@@ -149,7 +153,7 @@ def plot_points(
     *,
     colors=None,
     arrows: Mapping | None = None,
-    paths: Tensor | None = None,
+    paths: Tensor | Mapping | None = None,
     limits: tuple[float, float] | None = None,
     columns: int = 4,
     point_size: float = 4,
@@ -161,7 +165,8 @@ def plot_points(
 
     `panels`: title -> (N, 2) tensor, or title -> (x, y) as a tuple. `colors`: RGB in 0..1, (N, 3)
     for all panels, or title -> (N, 3). `arrows`: title -> (start, step, rgb), a vector field:
-    both (M, 2) and (M, 3). `paths`: (K, N, 2), a line through K positions for each point.
+    both (M, 2) and (M, 3). `paths`: (K, N, 2), a line through K positions for each point, or
+    title -> (K, N, 2).
     `limits`: the same range for both axes of all panels, which are then drawn without ticks.
 
     >>> plot_points({"data": ([0, 1], [0, 2])})
@@ -179,8 +184,9 @@ def plot_points(
         if arrows and title in arrows:
             start, step, arrow_rgb = (tensor.detach().numpy() for tensor in arrows[title])
             axes.quiver(*start.T, *step.T, color=arrow_rgb, angles="xy", width=0.005, zorder=4)
-        if paths is not None:
-            lines = list(paths.transpose(0, 1).numpy())
+        line = paths.get(title) if isinstance(paths, Mapping) else paths
+        if line is not None:
+            lines = list(line.transpose(0, 1).numpy())
             axes.add_collection(LineCollection(lines, colors=rgb, linewidths=0.6, alpha=0.3))
         axes.set(title=title, xlabel=x_label, ylabel=y_label if axes in grid[:, 0] else "")
         if limits:

@@ -155,7 +155,7 @@ def load_pretrained(
     Prints which file it is, and what differs in it from the profile. Raises FileNotFoundError where
     there is neither, ValueError where its images are of another size than the profile's.
     """
-    candidates = [path for path in (profile.published, profile.weights) if path is not None]
+    candidates = [path for path in (profile.pretrained, profile.weights) if path is not None]
     existing = [path for path in candidates if path.exists()]
     if not existing:
         raise FileNotFoundError(

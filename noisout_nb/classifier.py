@@ -80,12 +80,17 @@ class FlowerClassifier(nn.Module):
         self.stages = nn.Sequential(*stages, nn.BatchNorm2d(channels), nn.ReLU())
         self.dropout, self.head = nn.Dropout(dropout), nn.Linear(channels, classes)
 
-    def features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 4 width)."""
+    def features(self, x: Tensor, every_stage: bool = False) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 4 width), or of every stage (B, 7 width)."""
         if min(x.shape[2:]) != self.image_size:
             size = [side * self.image_size // min(x.shape[2:]) for side in x.shape[2:]]
             x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-        return self.stages(x).mean((2, 3))
+        found = []
+        for layer in self.stages:
+            if every_stage and isinstance(layer, nn.AvgPool2d):  # where a stage ends
+                found.append(x.mean((2, 3)))
+            x = layer(x)
+        return torch.cat([*found, x.mean((2, 3))], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> logits (B, classes)."""
@@ -93,15 +98,20 @@ class FlowerClassifier(nn.Module):
 
 
 class ClassifierFeatures(nn.Module):
-    """A classifier's features as a network of its own, as `extract_features` takes them; frozen."""
+    """A classifier's features as a network of its own, as `extract_features` takes them; frozen.
+
+    Those of its last stage, or, where they are at most 128 in all, of every stage: the last one of
+    a small classifier that is never wrong knows the species and little else.
+    """
 
     def __init__(self, classifier: FlowerClassifier):
         super().__init__()
         self.classifier = classifier.eval().requires_grad_(False)
+        self.every_stage = 7 * classifier.config["width"] <= 128
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 4 width)."""
-        return self.classifier.features(x)
+        """(B, 3, H, W) in [-1, 1] -> (B, D)."""
+        return self.classifier.features(x, self.every_stage)
 
 
 @torch.no_grad()
@@ -189,10 +199,10 @@ def train_classifier(
 def classifier_files(profile: Profile) -> list[Path]:
     """Where a profile's classifier is looked for: the published file, then that of its own run."""
     own = profile.runs / "classifier.pth"
-    if profile.published is None:
+    if profile.pretrained is None:
         return [own]
-    name = profile.published.name.replace("_model", "_classifier")
-    return [profile.published.with_name(name), own]
+    name = profile.pretrained.name.replace("_model", "_classifier")
+    return [profile.pretrained.with_name(name), own]
 
 
 def save_classifier(
@@ -224,3 +234,20 @@ def load_classifier(
     classifier = FlowerClassifier(**saved["card"]["network"])
     classifier.load_state_dict(saved["weights"])
     return classifier.to(device).eval(), saved["card"]
+
+
+def find_classifier(
+    profile: Profile, given: str | Path | None = None, device: torch.device | str = "cpu"
+) -> tuple[FlowerClassifier, dict]:
+    """The classifier in the file `given`, or the profile's, with its card.
+
+    Raises FileNotFoundError where there is none; the message says how to train one.
+    """
+    files = [Path(given)] if given else classifier_files(profile)
+    for path in files:
+        if path.exists():
+            return load_classifier(path, device)
+    raise FileNotFoundError(
+        f"no evaluation classifier in {' or '.join(map(str, files))}: train one first: "
+        f"python -m noisout_nb train-classifier --profile {profile.name}"
+    )

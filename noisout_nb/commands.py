@@ -5,6 +5,7 @@ Each takes the profile, with the command line's fields in it, and the other opti
 
 import argparse
 import signal
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,14 +39,14 @@ def find_weights(profile: Profile, given: str | None, own_first: bool = False) -
     if given is not None:
         candidates = [Path(given)]
     else:
-        candidates = [path for path in (profile.published, profile.weights) if path is not None]
+        candidates = [path for path in (profile.pretrained, profile.weights) if path is not None]
         candidates = candidates[::-1] if own_first else candidates
     for path in candidates:
         if path.exists():
             return path
     raise FileNotFoundError(
         f"no weights in {' or '.join(map(str, candidates))}: they come with a clone of the "
-        f"repository (not with pip), or train some: python -m noisout_nb train --profile "
+        f"repository and with pip install, or train some: python -m noisout_nb train --profile "
         f"{profile.name}; or name a file with --weights"
     )
 
@@ -230,11 +231,11 @@ def train_classifier_command(profile: Profile, options: argparse.Namespace) -> i
     classifier = FlowerClassifier(
         len(data.classes),
         profile.image_size,
-        patch_size=max(1, profile.image_size // 16),
-        width=options.width or (16 if embedded else 48),
+        patch_size=max(1, profile.image_size // (16 if embedded else 32)),
+        width=options.width or (16 if embedded else 40),
     )
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
-    steps = options.steps or (400 if embedded else 8000)
+    steps = options.steps or (400 if embedded else 6000)
     batches = Batches(data, options.batch_size, profile.flip, options.seed, device)
     bar = progress(
         train_classifier(
@@ -243,7 +244,7 @@ def train_classifier_command(profile: Profile, options: argparse.Namespace) -> i
             steps=steps,
             learning_rate=3e-3,
             label_smoothing=0.1,
-            augment=augment,
+            augment=partial(augment, crop=0.6),
             autocast=profile.autocast,
             seed=options.seed,
         ),
@@ -257,4 +258,14 @@ def train_classifier_command(profile: Profile, options: argparse.Namespace) -> i
     path = Path(options.out or classifier_files(profile)[-1])
     save_classifier(classifier, path, data.classes, held_out_accuracy=accuracy, steps=steps)
     print(f"names {accuracy:.1%} of {len(held_out)} held-out images; classifier: {path}")
+    return 0
+
+
+def export_command(profile: Profile, options: argparse.Namespace) -> int:
+    """Write the network as ONNX, with what a page needs to sample from it."""
+    from .export import export  # its packages are needed for nothing else
+
+    sizes = export(find_weights(profile, options.weights), options.out, profile)
+    written = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in sizes.items())
+    print(f"{options.out}: {written}; the output is PyTorch's to 1e-4")
     return 0

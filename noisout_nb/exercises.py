@@ -29,8 +29,15 @@ def check(
     if answer is None or answer is ...:
         print(f"{name}: not answered yet")
         return
-    right = correct(answer) if callable(correct) else _agree(answer, correct, tolerance)
-    print(f"{name}: right" if right else f"{name}: not right yet. {hint}".rstrip())
+    holds = _holds(correct, answer) if callable(correct) else _agree(answer, correct, tolerance)
+    print(f"{name}: right" if holds else f"{name}: not right yet. {hint}".rstrip())
+
+
+def _holds(condition: Callable[[Any], Any], answer: Any) -> bool:
+    try:
+        return bool(condition(answer))
+    except Exception:  # of whatever kind: the condition was made for another kind of answer
+        return False
 
 
 def _agree(answer: Any, correct: Any, tolerance: float | None) -> bool:

@@ -8,7 +8,7 @@ is the description, and where it is left out a plain one is made up. Where they 
 `picture.py`, `grids.py`, `plots.py`, `charts.py`.
 """
 
-from .charts import bars, plot_bars, plot_points, scatter
+from .charts import bars, plot_bars, plot_points, plot_tradeoff
 from .grids import filmstrip, image_grid, save_images, stack
 from .picture import DPI, RATIO, Picture, save_film, styled
 from .plots import plot_histograms, plot_lines, plot_loss
@@ -25,9 +25,9 @@ __all__ = [
     "plot_lines",
     "plot_loss",
     "plot_points",
+    "plot_tradeoff",
     "save_film",
     "save_images",
-    "scatter",
     "stack",
     "styled",
 ]

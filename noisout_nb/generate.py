@@ -23,7 +23,7 @@ def sample_image(
     guidance_scale: float = _DEFAULTS.guidance_scale,
     guidance_interval: tuple[float, float] | None = _DEFAULTS.guidance_interval,
     rescale: float = 0.0,
-    weights: str | Path | None = _DEFAULTS.published,
+    weights: str | Path | None = _DEFAULTS.pretrained,
     **options,
 ) -> Tensor:
     """`count` images of each species, in order: float32 (N, C, H, W) in [-1, 1] on the CPU.

@@ -33,6 +33,22 @@ def check_images(images: Tensor, channels: int | None = None) -> None:
         )
 
 
+def check_features(
+    features: Tensor, reference: Tensor, needed: int = 1, why: str = "are too few"
+) -> None:
+    """Raise ValueError unless both are finite (N, D) of one extractor, N at least `needed`."""
+    if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} and {tuple(reference.shape)}: "
+            "both must be (N, D) from one and the same extractor"
+        )
+    torch.cat([features[:0], reference[:0]])  # refused where two extractors made them
+    if (fewest := min(len(features), len(reference))) < needed:
+        raise ValueError(f"{fewest} images {why}")
+    if not (features.isfinite().all() and reference.isfinite().all()):
+        raise ValueError("features hold NaN or infinite values: check the network and the images")
+
+
 def _flower_masks(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Distance of each pixel's colour from the border's, the flower's mask, and the border's.
 

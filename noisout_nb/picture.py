@@ -80,8 +80,8 @@ class Picture:
         """
         if self.axes is None:
             raise ValueError(
-                f"only a plot can be marked, this has no axes: {self.alt!r}. Mark what plot_lines, "
-                "scatter or plot_histograms return, before stacking it"
+                f"only a plot can be marked, this has no axes: {self.alt!r}. Mark what plot_lines "
+                "or plot_histograms returns, before stacking it"
             )
         marked, axes = Picture(self.image.convert("RGB"), self.alt), self.axes
         pen, height, box = ImageDraw.Draw(marked.image), self.image.height, axes.bbox

@@ -7,7 +7,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+_ABOVE = Path(__file__).resolve().parent.parent
+# where runs/, data/ and models/ lie: the clone, or, for an installed package, where Python started
+REPOSITORY = _ABOVE if (_ABOVE / "pyproject.toml").exists() else Path.cwd()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +110,18 @@ class Profile:
 
     @property
     def published(self) -> Path | None:
-        """The file of weights in the repository's `models/`; None where none is shipped."""
+        """Where weights are published, `models/` in the repository; None for your own images."""
         files = {"procedural": "quick_model.pth", "flowers102": "Flowers102_model.pth"}
         return REPOSITORY / "models" / files[self.dataset] if self.dataset in files else None
+
+    @property
+    def pretrained(self) -> Path | None:
+        """The published weights; without such a file, those inside the installed package."""
+        path = self.published
+        if path is None or path.exists():
+            return path
+        inside = Path(__file__).with_name("models") / path.name
+        return inside if inside.exists() else path
 
 
 _QUICK = Profile(
@@ -146,6 +157,7 @@ _FLOWERS64 = Profile(
     ema_decay=0.999,
     guidance_scale=3.0,
     guidance_interval=(0.3, 8.0),
+    sampler="dpm_solver",
 )
 _FLOWERS64_GPU = replace(
     _FLOWERS64,

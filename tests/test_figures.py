@@ -17,9 +17,9 @@ from noisout_nb.figures import (
     plot_histograms,
     plot_lines,
     plot_loss,
+    plot_tradeoff,
     save_film,
     save_images,
-    scatter,
     stack,
 )
 from noisout_nb.plots import _moving_average
@@ -178,10 +178,7 @@ def test_bars_have_their_values_and_errors():
             bars(values, errors=errors)
 
 
-def test_points_bands_and_titles_are_where_they_belong():
-    axes = scatter({"a": ([0, 1], [2, 3]), "b": ([4], [5])}, diagonal=True, title="T").axes
-    assert [c.get_offsets().tolist() for c in axes.collections] == [[[0, 2], [1, 3]], [[4, 5]]]
-    assert len(axes.get_lines()) == 1 and axes.get_title() == "T"
+def test_bands_and_titles_are_where_they_belong():
     axes = plot_lines({"a": [1, 2]}, bands={"a": [0.5, 1]}, title="U").axes
     band = axes.collections[0].get_paths()[0].vertices
     assert {(0, 0.5), (0, 1.5), (1, 1), (1, 3)} <= {tuple(point) for point in band.tolist()}
@@ -221,3 +218,14 @@ def test_figures_import_nothing_that_trains_or_samples_and_metrics_no_matplotlib
     leaves = {"figures", "picture", "grids", "plots", "charts", "dataset", "files"}
     assert own == {f"noisout_nb.{name}" for name in leaves}
     assert "matplotlib" not in imported("noisout_nb.evaluation, noisout_nb.data")
+
+
+def test_a_tradeoff_has_means_standard_errors_and_the_setting_at_each_point():
+    picture = plot_tradeoff({"a": [("1", [0.0, 2.0], [4.0, 8.0]), ("2.5", [3.0], [5.0])]})
+    [(points, _, bars)] = picture.axes.containers
+    assert points.get_xydata().tolist() == [[1, 6], [3, 5]]
+    across, up = (bar.get_segments() for bar in bars)
+    assert across[0][:, 0].tolist() == [0, 2] and up[0][:, 1].tolist() == [4, 8]
+    assert [text.get_text() for text in picture.axes.texts] == ["1", "2.5"]
+    with pytest.raises(ValueError, match="'a' has no points"):
+        plot_tradeoff({"a": []})

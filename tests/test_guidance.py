@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cells import cell
 from torch import nn
 from torch.testing import assert_close
 
@@ -14,7 +15,7 @@ from noisout_nb.guidance import (
     ClassifierGuidance,
     NoisyClassifier,
 )
-from noisout_nb.sampling import ddim, predict, sample
+from noisout_nb.sampling import ddim, dpm_solver, predict, sample
 
 
 class Labelled(nn.Module):
@@ -335,3 +336,56 @@ def test_noisy_classifier():
         wanted = process.sqrt_alphas_cumprod[t][:, None] * classifier.head(pooled)
     assert_close(logits, wanted)
     assert logits[1].abs().max() < 1e-3 < logits[0].abs().max()
+
+
+# What notebook 06 builds by hand
+
+
+@pytest.fixture(scope="module")
+def plane():
+    """The names that the notebook's cells on the plane leave."""
+    scope = {"torch": torch, "assert_close": assert_close, "GaussianDiffusion": GaussianDiffusion}
+    scope |= {"AutoGuidance": AutoGuidance, "ClassifierGuidance": ClassifierGuidance}
+    scope |= {"ClassifierFreeGuidance": ClassifierFreeGuidance, "dpm_solver": dpm_solver}
+    scope["start"] = lambda count, seed, shape: torch.randn(
+        count, *shape, generator=torch.Generator().manual_seed(seed)
+    )
+    scope |= {"found": {}, "plot_bars": lambda *_, **__: None}
+    for words in ("class Blobs(", "class BlobClassifier(", "def push(", "def quality("):
+        exec(cell("06_guidance", words), scope)
+    return scope
+
+
+@pytest.mark.parametrize("y", [0, 1, None])
+def test_notebook_06_blobs_predict_the_posterior_mean(plane, y):
+    """By summing over a fine grid of x_0 instead."""
+    width, toy, centres = 0.15, plane["toy"], plane["centres"]
+    axis = torch.linspace(-1.6, 1.6, 321, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    blobs = centres.flatten(0, 1) if y is None else centres[y]
+    prior = (-(grid[:, None] - blobs).square().sum(-1) / (2 * width**2)).logsumexp(1)
+    t = torch.tensor([100, 300, 600])
+    x_bar = torch.tensor([[0.1, 0.3], [-0.4, 0.5], [0.6, -0.2]])
+    labels = None if y is None else torch.full((3,), y)
+    x = (toy.sqrt_alphas_cumprod[t, None] * x_bar)[:, :, None, None]
+    found = plane["Blobs"](width)(x, t, labels).flatten(1)
+    for i in range(3):
+        squared = (grid - x_bar[i]).square().sum(1) / toy.sigmas[t[i]] ** 2
+        weight = (prior - squared / 2).softmax(0)
+        assert_close(found[i].double(), weight @ grid, atol=2e-3, rtol=0)
+
+
+def test_notebook_06_fidelity_and_diversity(plane):
+    quality, centres = plane["quality"], plane["centres"][0]
+    assert quality(centres.repeat(4, 1)) == pytest.approx((1.0, 1.0))
+    assert quality(centres[:1].repeat(4, 1)) == pytest.approx((1.0, 0.0))
+    assert quality(centres + torch.tensor([0.0, 0.2])) == pytest.approx((0.0, 1.0))
+
+
+def test_notebook_06_autoguidance_pushes_a_blurred_prediction_towards_the_sharp_one(plane):
+    start, arrows, _ = plane["push"](plane["methods"]["autoguidance"](2.0))
+    t = torch.full((81,), int((plane["toy"].sigmas < 0.5).sum()))
+    x = (plane["toy"].sqrt_alphas_cumprod[t, None] * start)[:, :, None, None]
+    target = plane["Blobs"](0.05)(x, t, torch.zeros(81, dtype=torch.int64)).flatten(1)
+    blurred = plane["blurred"](x, t, torch.zeros(81, dtype=torch.int64)).flatten(1)
+    assert torch.cosine_similarity(target - blurred, arrows).mean() > 0.8

@@ -13,8 +13,13 @@ import torch
 
 from noisout_nb import __main__ as programs
 from noisout_nb.checkpoints import load_model, read_card
-from noisout_nb.classifier import FlowerClassifier, load_classifier, save_classifier
-from noisout_nb.evaluation import CopyDetector
+from noisout_nb.classifier import (
+    ClassifierFeatures,
+    FlowerClassifier,
+    load_classifier,
+    save_classifier,
+)
+from noisout_nb.evaluation import CopyDetector, load_features
 from noisout_nb.profiles import PROFILES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -122,13 +127,15 @@ def test_evaluate_writes_tables_and_figures(workplace, capsys):
         FlowerClassifier(6, 32, width=8, depth=1), judge, classes, held_out_accuracy=0.5
     )
     options = ["--weights", workplace / "runs/tiny/model.pth", "--classifier", judge]
-    options += ["--train-images", 250]
+    options += ["--train-images", 250, "--also", f"twin={workplace / 'runs/tiny/model.pth'}"]
+    options += ["--checkpoint", workplace / "runs/tiny/checkpoint.pth"]
     assert program("evaluate", *options, "--samples", 10, "--seeds", 1, 2, "--steps", 1) == 0
     folder = workplace / "runs/quick"
     results = json.loads((folder / "evaluation.json").read_text())
     assert results["sets"] == 2 and results["per_set"] == 256
     measures = results["measures"]
-    assert set(measures) == {"real", "samples, guidance 1", "noise"}
+    assert set(measures) == {"real", "samples, guidance 1", "twin", "noise"}
+    assert measures["twin"] == measures["samples, guidance 1"]
     assert measures["real"]["factors"][0] < measures["samples, guidance 1"]["factors"][0]
     assert measures["real"]["petals"][0] > 0.99
     assert measures["real"]["kernel"][1] > 0
@@ -137,8 +144,23 @@ def test_evaluate_writes_tables_and_figures(workplace, capsys):
     table = (folder / "evaluation.md").read_text()
     assert "| real |" in table and "planted: mirrored" in table
     assert table.strip() in capsys.readouterr().out
-    for name in ("kernel", "frechet", "copies", "planted-copies", "samples", "suspects"):
+    for name in ("kernel", "frechet", "precision", "copies", "planted-copies", "loss", "twin"):
         assert (folder / f"evaluation-{name}.png").stat().st_size > 1000
+    assert {path.name for path in folder.glob("suspects-*")} == {
+        "suspects-samples-guidance-1.png",
+        "suspects-twin.png",
+    }
+    sets, whole, card = load_features(
+        folder / "features.pth", ClassifierFeatures(load_classifier(judge)[0])
+    )
+    assert {name: len(x) for name, x in sets.items()} == {
+        "held-out": 512,
+        "samples, guidance 1": 512,
+        "twin": 512,
+    }
+    assert whole["training"].count == 250 and card["memorisation"] == results["memorisation"]
+    assert program("evaluate", *options, "--also", "twin") == 2
+    assert "NAME=FILE" in capsys.readouterr().err
 
 
 def test_train_classifier_reports_what_it_can(workplace, capsys):
@@ -239,6 +261,17 @@ def test_weights_missing_from_an_installed_package_are_explained(monkeypatch, wo
     monkeypatch.setattr("noisout_nb.profiles.REPOSITORY", workplace)
     assert program("sample", "rose") == 2
     assert "clone" in capsys.readouterr().err
+
+
+def test_torchrun_shares_out_a_training_run(workplace):
+    settings = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m", "noisout_nb", "train", *TINY, "--train-steps", "2"]
+    found = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-4000:]
+    assert found.stdout.count("held-out loss") == 1  # one process speaks for both
+    card = read_card(workplace / "runs/tiny/model.pth")
+    assert card["steps"] == 2 and 0 < card["held_out_loss"] < 1000
 
 
 def test_inception_without_its_package_is_explained(monkeypatch, capsys):

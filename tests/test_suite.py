@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import nbformat
+import psutil
 import pytest
 
 from notebooks import METADATA, ROOT, canonicalise
@@ -227,13 +229,37 @@ def test_ctrl_c_of_a_run_says_where_it_stopped_and_how_to_go_on(tmp_path):
     assert run.returncode == 1 and "Traceback" not in report
 
 
+def kernels_of(pid):
+    found = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):  # a short one
+            found += [child] if "ipykernel_launcher" in child.cmdline() else []
+    return found
+
+
+@pytest.mark.skipif(os.name == "nt", reason="not here: Windows has no SIGINT for one process")
+def test_ctrl_c_while_the_kernel_starts_leaves_no_traceback_and_no_kernel(tmp_path):
+    run = start(tmp_path, "run", TRAINS, NOISOUT_RUNS=str(tmp_path))
+    while not (kernels := kernels_of(run.pid)):
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    report = run.communicate(timeout=60)[0]
+    assert run.returncode == 1 and "stopped; run again" in report
+    assert "Traceback" not in report, report
+    assert not psutil.wait_procs(kernels, timeout=20)[1]
+
+
 def test_a_run_ends_with_its_images_and_what_to_open_next(tmp_path):
     source = TRAINS.replace("301", "3").replace("300", "2")
-    source += 'from PIL import Image\nImage.new("L", (2, 2)).save(runs / "quick" / "it.png")\n'
+    source += 'from PIL import Image\nimage = Image.new("L", (2, 2))\nimage'
+    source += '\n\n# %%\nprint("later")\nimage.save(runs / "quick" / "it.png")\n'
     run = start(tmp_path, "run", source, NOISOUT_RUNS=str(tmp_path), NOISOUT_PROFILE="quick")
     report = run.communicate(timeout=100)[0]
     assert run.returncode == 0, report
     assert "it.png" in report and "tiny.ipynb" in report and "Next: `make lab`" in report
+    first = tmp_path / "quick" / "tiny" / "01.png"  # shown at once, not at the end
+    assert first.read_bytes().startswith(b"\x89PNG")
+    assert report.index("01.png") < report.index("later")
 
 
 def test_a_run_that_cannot_write_names_the_way_out(tmp_path):

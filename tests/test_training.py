@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cells import cell
 from tiny import DATA, PROCESS, losses_of, network, same, start
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -20,7 +22,13 @@ from noisout_nb import training
 from noisout_nb.dataset import ImageDataset, to_float
 from noisout_nb.files import load_safely
 from noisout_nb.forward_process import GaussianDiffusion
-from noisout_nb.losses import WEIGHTINGS, held_out_loss, relative_weight, simple_loss
+from noisout_nb.losses import (
+    WEIGHTINGS,
+    held_out_loss,
+    relative_weight,
+    simple_loss,
+    variational_bound_term,
+)
 from noisout_nb.training import EMA, Batches, Settings, learning_rate_at
 from noisout_nb.training_state import TrainingState
 
@@ -788,3 +796,76 @@ def test_the_held_out_loss_refuses_what_it_cannot_measure():
 
 def test_settings_are_plain_values():
     assert Settings(steps=np.int64(3), learning_rate=1e-3).steps == 3
+
+
+# The learned variance (notebook 09)
+
+
+@pytest.mark.parametrize("timesteps", [50, 1000])
+def test_hybrid_loss_adds_the_bound_summed_over_all_timesteps(timesteps):
+    process = GaussianDiffusion.from_config(timesteps=timesteps, variance="learned")
+    model = network(out_channels=6, dropout=0.0)
+    torch.nn.init.normal_(model.conv_out.weight, std=0.1)
+    x_0 = to_float(DATA.images[:4])
+    t = torch.tensor([1, 7, 20, timesteps - 1])
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
+    x_t = process.q_sample(x_0, t, noise)
+
+    prediction, f = process.split_output(model(x_t, t, DATA.labels[:4]), x_t)
+    mean, _ = process.q_posterior_mean_variance(prediction.detach(), x_t, t)
+    true_mean, true_variance = process.q_posterior_mean_variance(x_0, x_t, t)
+    upper, lower = process.betas[t].log(), process.posterior_variance[t].log()
+    w = (f + 1) / 2
+    log_variance = w * upper.view(-1, 1, 1, 1) + (1 - w) * lower.view(-1, 1, 1, 1)
+    q = torch.distributions.Normal(true_mean, true_variance.sqrt())
+    p = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    bound = torch.distributions.kl_divergence(q, p).mean() / math.log(2)
+    simple = (prediction - x_0).square().mean()
+    wanted = simple + 0.001 * timesteps * bound
+
+    found = simple_loss(model, process, x_0, t, noise, DATA.labels[:4])
+    assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    [hybrid] = torch.autograd.grad(found, [model.conv_out.weight])
+    [plain] = torch.autograd.grad(simple, [model.conv_out.weight])
+    half = len(plain) // 2
+    assert_close(hybrid[:half], plain[:half], rtol=1e-3, atol=1e-6)
+    assert hybrid[half:].abs().max() > 0 == plain[half:].abs().max()
+
+
+def notebook_09(words, **names):
+    """Run one cell of notebook 09 with these names in place of what the cells before it left."""
+    scope = {"torch": torch, "np": np, "F": torch.nn.functional, "device": "cpu"} | names
+    scope |= {"to_float": to_float, "variational_bound_term": variational_bound_term}
+    exec(cell("09_improved_ddpm", words), scope)
+    return scope
+
+
+def test_notebook_09_scatter_of_a_draw_is_that_of_all_draws_enumerated():
+    mean = 12 * torch.arange(1.0, 1001.0, dtype=torch.float64) ** -3
+    terms = mean[:, None] * torch.tensor([0.5, 1.5])  # of two images
+    given = {"terms": terms, "some_t": range(1000), "T": 1000}
+    found = notebook_09("scatter = {", bars=lambda *_, **__: None, **given)
+    wanted = {"uniform": torch.full((1000,), 0.001), "importance sampling": mean / mean.sum()}
+    for name, p in wanted.items():
+        draws = terms / p[:, None]
+        variance = (p[:, None] / 2 * (draws - mean.sum()) ** 2).sum()
+        assert found["scatter"][name] == pytest.approx(float(variance) ** 0.5, rel=1e-4)
+    assert_close(found["importance"], mean / mean.sum())
+
+
+def test_notebook_09_weighted_draws_of_t_estimate_the_sum_of_all_terms():
+    process = GaussianDiffusion.from_config(timesteps=8)
+    model = network(dropout=0.0)
+    torch.nn.init.normal_(model.conv_out.weight, std=0.05)
+    names = {"T": 8, "process": process, "learned": None, "model": model.eval()}
+    scope = notebook_09("def draws(", profile=None, **names)
+    probability = torch.tensor([0.4, 0.05, 0.05, 0.1, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
+    estimates = []
+    for p in (probability, torch.full((8,), 1 / 8, dtype=torch.float64)):
+        drawn = scope["draws"](3000, p, DATA, 0)
+        with torch.no_grad():
+            values = 8 * scope["bound"](None, *drawn)
+        estimates.append((values.mean(), values.std() / 3000**0.5))
+    (mean, error), (uniform, uniform_error) = estimates
+    assert abs(mean - uniform) < 3 * (error**2 + uniform_error**2) ** 0.5
+    assert error < 0.05 * mean

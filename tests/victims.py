@@ -41,7 +41,7 @@ def _work(program, folder: Path, begun) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))
-    with open(folder / "said", "a") as said:
+    with open(folder / "said", "a", encoding="utf-8") as said:
         sys.stdout = sys.stderr = said
         for _ in program(folder):
             begun.set()

@@ -112,6 +112,32 @@ MODULES = [
         ("mirror", "distance = distance.minimum(", "distance = distance.maximum("),
         ("label", "len(y) != len(images)", "False"),
     ),
+    (
+        "flow_matching.py",
+        "tests/test_flow_matching.py",
+        ("straight_line", "(1 - s) * x_start.float() + s", "s * x_start.float() + (1 - s)"),
+        ("least_loss", "noise.float() - x_start.float()", "noise.float() + x_start.float()"),
+        ("order", "(velocity + velocity_at_end) / 2", "velocity"),
+        ("direction", "x / ((1 - s) ** 2 + s**2).sqrt()", "x"),
+        ("nearest", "(angles[0][1:] + angles[0][:-1]) / 2", "angles[0][1:]"),
+        ("logit_normal", "mean + std * torch.randn", "mean + torch.randn"),
+        ("range", "x_start.clamp(-1, 1)\n", "x_start.clamp(-2, 2)\n"),
+        ("refuse", "check_labels(y.cpu()", "(lambda *_: None)(y.cpu()"),
+    ),
+    (
+        "editing.py",
+        "tests/test_editing.py",
+        ("grey_level", "torch.where(self.mask, prediction, known)", "prediction"),
+        ("unknown_region", "output[:, x.shape[1] :]", "0 * output[:, x.shape[1] :]"),
+        ("as_noisy", "beta.sqrt() * noise", "beta * noise"),
+        ("conditional", "range(repeats if i > 0 else 1)", "range(1)"),
+        ("gaussian_says", "(len(x_0),), count - 1,", "(len(x_0),), count // 2,"),
+        ("own", "process.timestep_map[:count]", "torch.arange(count)"),
+        ("follows", "rise * noise)", "rise * noise / 2)"),
+        ("fixed_point", "predict(model, process, end, t, y)", "predict(model, process, x, t, y)"),
+        ("masks_that", "if not ((mask == 0) | (mask == 1)).all():", "if False:"),
+        ("strength_outside", "if not 0 <= strength <= 1:", "if strength > 1:"),
+    ),
 ]
 
 # whole entries: tools, notebooks, whatever is no module of the package
@@ -132,11 +158,122 @@ OTHERS = [
     ),
     Fault(
         "tools/notebooks.py",
+        "        self.count += 1\n",
+        "        return\n",
+        "tests/test_suite.py",
+        "ends_with_its_images",
+    ),
+    Fault(
+        "noisout_nb/commands.py",
+        "        if rank_and_world()[0] == 0:\n            facts",
+        "        if True:\n            facts",
+        "tests/test_programs.py",
+        "torchrun",
+    ),
+    Fault(
+        "tools/notebooks.py",
         'if "KeyboardInterrupt" in errors:',
         'if "SystemExit" in errors:',
         "tests/test_suite.py",
         "recording",
     ),
+    Fault(
+        "noisout_nb/features.py",
+        "if len(names) > 1:",
+        "if len(names) > 2:",
+        "tests/test_evaluation.py",
+        "two_extractors",
+    ),
+    Fault(
+        "noisout_nb/features.py",
+        "cov = cov + cov.triu(1).T",
+        "pass",
+        "tests/test_evaluation.py",
+        "gives_back",
+    ),
+    Fault(
+        "noisout_nb/evaluation.py",
+        "return metric(a, b), ((blocks - 1) * spread).sqrt().item()",
+        "return metric(a, b), spread.sqrt().item()",
+        "tests/test_evaluation.py",
+        "jackknifes_error",
+    ),
+    Fault(
+        "noisout_nb/copies.py",
+        "mirrored = self.features(images.flip(-1))",
+        "mirrored = self.features(images)",
+        "tests/test_evaluation.py",
+        "also_mirrored",
+    ),
+    Fault(
+        "noisout_nb/protocol.py",
+        "{self.steps} {self.guidance_scale} {seed}",
+        "{self.steps} {seed}",
+        "tests/test_evaluation.py",
+        "kept_and_used",
+    ),
+    Fault(
+        "noisout_nb/protocol.py",
+        "order = order[labels[order].argsort(stable=True)][: len(labels) // 2 * 2]",
+        "order = order[: len(labels) // 2 * 2]",
+        "tests/test_evaluation.py",
+        "halves_and_turns",
+    ),
+    Fault(
+        "notebooks/07_evaluation.ipynb",
+        "- 2 * roots.sum()",
+        "- roots.sum()",
+        "notebooks/07_evaluation.ipynb",
+        "ipynb",
+    ),
+    Fault(
+        "notebooks/07_evaluation.ipynb",
+        "(gram.sum() - gram.trace())",
+        "gram.sum()",
+        "notebooks/07_evaluation.ipynb",
+        "ipynb",
+    ),
+]
+
+# the code of notebooks 06 and 09, and what they are about: file, test's words, old text, new text
+GUIDANCE = "noisout_nb/guidance.py"
+LESSON_06, LESSON_09 = (f"notebooks/scripts/{n}.py" for n in ("06_guidance", "09_improved_ddpm"))
+OTHERS += [
+    Fault(file, old, new, "tests/test_guidance.py", words)
+    for file, words, old, new in (
+        (LESSON_06, "posterior_mean", "keep = self.width**2 /", "keep = toy.sigmas[t] ** 2 /"),
+        (LESSON_06, "posterior_mean", "-squared / (2 * variance", "-squared / (variance"),
+        (LESSON_06, "diversity", "3 * float(shares.min())", "3 * float(shares.max())"),
+        (LESSON_06, "towards", "blurred(x, t, y)).flatten(1)", "blurred(x, t, 1 - y)).flatten(1)"),
+        (GUIDANCE, "autoguidance_formula", "plain - self.weak(x, t, y)", "plain - self.weak(x, t)"),
+        (GUIDANCE, "interval_guides", "(low < sigma) & (sigma <= high)", "(sigma <= high)"),
+    )
+]
+OTHERS += [
+    Fault(file, old, new, "tests/test_training.py", words)
+    for file, words, old, new in (
+        (LESSON_09, "enumerated", "T * root.square().sum() - total**2", "T * root.square().sum()"),
+        (LESSON_09, "enumerated", "terms.square().mean(1).sqrt()", "terms.square().mean(1)"),
+        (
+            LESSON_09,
+            "weighted_draws",
+            "(1 / (T * probability[t]))",
+            "(1 / (T * probability[0 * t]))",
+        ),
+        (
+            LESSON_09,
+            "weighted_draws",
+            "return weight * variational_bound_term(process",
+            "return variational_bound_term(process",
+        ),
+        ("noisout_nb/losses.py", "hybrid", "process.timesteps / 1000 * bound", "bound"),
+        (
+            "noisout_nb/losses.py",
+            "hybrid",
+            "torch.cat([prediction.detach(), f",
+            "torch.cat([prediction, f",
+        ),
+    )
 ]
 
 
