@@ -5,10 +5,11 @@ PYTHON ?= python3
 WORKERS ?= auto
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 READY := .venv/.ready
+SITE := .venv/.site
 PY := .venv/bin/python
 
 help:  ## this list
-	@awk -F ':.*## +' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## +' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 run: $(READY)  ## the whole path on one page: flowers, network, training, samples (NOISOUT_PROFILE=quick unless set)
 	@$(PY) tools/notebooks.py run test
@@ -37,14 +38,20 @@ record: $(READY)  ## execute the notebooks from their scripts and store the outp
 browser: $(READY)  ## run every notebook in a headless Chromium and move its widgets (Debian: apt install chromium chromium-driver)
 	$(PY) -m pytest tests/browser.py -s
 
+site: $(SITE)  ## the web site from the recorded notebooks, in build/site/html
+	$(PY) site/build.py
+
+site-check: site  ## look at every page in a headless Chromium, and let one generate flowers
+	$(PY) -m pytest -s tests/test_export.py tests/site_pages.py
+
 fuzz: $(READY)  ## 10,000 odd calls of the package's functions (minutes)
 	FUZZ_CALLS=10000 $(PY) -m pytest -q tests/test_fuzz.py
 
 mutants: $(READY)  ## plant faults one by one: is each of them noticed? (NAME=word for some)
 	$(PY) tools/mutants.py $(NAME)
 
-address: $(READY)  ## give the repository another address: make address URL=https://github.com/OWNER/NAME
-	$(PY) tools/address.py $(URL)
+address: $(READY)  ## write address and version wherever they are repeated (URL=https://github.com/OWNER/NAME, VERSION=0.3.0)
+	$(PY) tools/address.py $(URL) $(VERSION)
 
 $(READY): requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -58,4 +65,8 @@ endif
 	@$(PY) -c 'import matplotlib.font_manager'  # the font cache takes seconds: build it once, here
 	@touch $@
 
-.PHONY: help run lab test check sync record browser fuzz mutants address
+$(SITE): $(READY) site/requirements.lock
+	$(PY) -m pip install -e '.[site]' -c requirements.lock -c site/requirements.lock
+	@touch $@
+
+.PHONY: help run lab test check sync record browser site site-check fuzz mutants address
