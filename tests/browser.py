@@ -103,7 +103,7 @@ def lab(tmp_path_factory):
         f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 "
         f"--allow-root --LabApp.expose_app_in_browser=True --ServerApp.root_dir={pages}"
     )
-    with open(home / "log", "w") as log:
+    with open(home / "log", "w", encoding="utf-8") as log:
         arguments = [sys.executable, *command.split()]
         server = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"

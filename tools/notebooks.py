@@ -28,6 +28,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C has no traceback before a notebook runs, either
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))
+
 import jupytext
 import nbformat
 from nbclient import NotebookClient
@@ -245,24 +248,39 @@ class Client(NotebookClient):
     can save its state; then `Stopped` is raised. The second one ends the kernel.
     """
 
-    echo, interrupts = False, 0
-    bar, shown, at = (
-        "",
-        "",
-        0.0,
-    )  # the words of the last progress bar, those on the screen, and since when
+    figures: Path | None = None  # the folder for what the cells show; without it nothing is echoed
+    starting: asyncio.Task | None = None  # while the kernel starts
+    interrupts, count = 0, 0
+    # the words of the last progress bar, those on the screen, and since when
+    bar, shown, at = "", "", 0.0
 
     def process_message(self, msg, cell, cell_index):
-        if self.echo and msg["msg_type"] == "stream":
-            self.say(msg["content"]["text"], end="")
-        if self.echo and msg["msg_type"] == "comm_msg":
-            value = msg["content"]["data"].get("state", {}).get("value")
-            if (
-                isinstance(value, str) and "[" in value
-            ):  # of a tqdm bar: 37/100 [00:05<00:09, 7.1it/s]
+        if self.figures is not None:
+            self.echo(msg["msg_type"], msg["content"])
+        return super().process_message(msg, cell, cell_index)
+
+    def echo(self, kind: str, content: dict) -> None:
+        """Repeat on the screen what a cell prints, how far its progress bar is, what it shows."""
+        if kind == "stream":
+            self.say(content["text"], end="")
+        elif kind == "comm_msg":
+            value = content["data"].get("state", {}).get("value")
+            if isinstance(value, str) and "[" in value:  # tqdm's 37/100 [00:05<00:09, 7.1it/s]
                 self.bar = html.unescape(value).strip()
                 self.show_bar()
-        return super().process_message(msg, cell, cell_index)
+        elif kind in ("display_data", "execute_result"):
+            self.keep(content)
+
+    def keep(self, content: dict) -> None:
+        """Store a figure at once, and say where: the first one need not wait for the last cell."""
+        live = content.get("transient", {}).get("display_id")  # will be replaced, again and again
+        if live or "image/png" not in content["data"]:
+            return
+        self.count += 1
+        path = self.figures / f"{self.count:02}.png"
+        write(path, base64.b64decode(content["data"]["image/png"]))
+        alt = content.get("metadata", {}).get("image/png", {}).get("alt", "")
+        self.say(f"  {os.path.relpath(path)}: {alt}" if alt else f"  {os.path.relpath(path)}")
 
     def say(self, words: str, end: str = "\n") -> None:
         clear = "\r\x1b[K" if self.shown and sys.stderr.isatty() else ""
@@ -278,6 +296,11 @@ class Client(NotebookClient):
             self.at = time.monotonic()
             print(f"  {self.bar}", file=sys.stderr, flush=True)
 
+    async def async_start_new_kernel(self, **kwargs) -> None:
+        self.starting = asyncio.current_task()
+        self.listen()
+        await super().async_start_new_kernel(**kwargs)
+
     def listen(self) -> None:
         """Take interrupts over from nbclient, whose own handler kills the kernel."""
         loop = asyncio.get_running_loop()
@@ -291,7 +314,10 @@ class Client(NotebookClient):
         self.interrupts += 1
         if self.km is None:
             return
-        if self.interrupts == 1:
+        if self.starting is not None:
+            self.shutdown_kernel = "immediate"  # gracefully, it would print where it was
+            self.starting.cancel()
+        elif self.interrupts == 1:
             self.say("stopping after this step; once more to stop at once")
             self.task = asyncio.ensure_future(self.km.interrupt_kernel())
         else:
@@ -302,8 +328,13 @@ class Client(NotebookClient):
             raise Stopped
 
 
-def execute(nb: NotebookNode, name: str, timeout: float | None, echo: bool = False) -> None:
+def execute(
+    nb: NotebookNode, name: str, timeout: float | None, figures: Path | None = None
+) -> None:
     """Execute the notebook in place.
+
+    With a folder for `figures`, they are stored there as they appear, and the screen shows what the
+    cells print and their progress bars.
 
     Raises SystemExit with the cell and its traceback where one fails or takes longer than `timeout`
     seconds, Stopped where somebody interrupts it.
@@ -313,7 +344,7 @@ def execute(nb: NotebookNode, name: str, timeout: float | None, echo: bool = Fal
 
     def start(cell, cell_index):
         nonlocal running
-        client.listen()
+        client.starting = None
         if cell.cell_type == "code":
             running = next(index for index, c in enumerate(code, 1) if c is cell)
             client.say(f"{name}: cell {running} of {len(code)}")
@@ -331,7 +362,7 @@ def execute(nb: NotebookNode, name: str, timeout: float | None, echo: bool = Fal
         on_cell_execute=start,
     )
     client.on_cell_executed = client.finished
-    client.echo = echo
+    client.figures = figures
     try:
         client.execute()
     except (CellControlSignal, DeadKernelError, RuntimeError, AssertionError) as error:
@@ -340,7 +371,7 @@ def execute(nb: NotebookNode, name: str, timeout: float | None, echo: bool = Fal
         if not isinstance(error, (CellControlSignal, DeadKernelError)):
             raise
         raise SystemExit(failure(name, running, code[running - 1].source, error)) from None
-    except (Stopped, KeyboardInterrupt):
+    except (Stopped, KeyboardInterrupt, asyncio.CancelledError):
         raise Stopped(client.bar) from None
 
 
@@ -380,7 +411,7 @@ def run(name: str) -> None:
         if os.environ.get(variable):  # the kernel starts in notebooks/, not in the user's folder
             os.environ[variable] = os.path.abspath(os.environ[variable])
     runs = Path(os.environ.get("NOISOUT_RUNS") or ROOT / "runs")
-    folder = runs / os.environ.setdefault("NOISOUT_PROFILE", "quick")
+    folder = runs / (os.environ.get("NOISOUT_PROFILE") or "quick")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -391,7 +422,7 @@ def run(name: str) -> None:
         ) from None
     nb = canonicalise(read_script(name))
     try:
-        execute(nb, name, timeout=None, echo=True)
+        execute(nb, name, timeout=None, figures=folder / name)
     except Stopped as stop:
         bar = re.search(r"(\d+)/\d+", str(stop))
         raise SystemExit(
@@ -399,9 +430,10 @@ def run(name: str) -> None:
         ) from None
     finally:
         write(folder / f"{name}.ipynb", nbformat.writes(canonicalise(nb)) + "\n")
-    images = [os.path.relpath(path) for path in sorted(folder.rglob("*.png"))]
+    images = [os.path.relpath(path) for path in sorted(folder.glob("*.png"))]
     print("Your images:", *(images or ["none were saved"]), sep="\n  ")
-    print(f"The whole page with its figures: {os.path.relpath(folder / f'{name}.ipynb')}")
+    print(f"All figures: {os.path.relpath(folder / name)}")
+    print(f"The whole page: {os.path.relpath(folder / f'{name}.ipynb')}")
     print("Next: `make lab` opens the notebooks in JupyterLab; begin with 00_quickstart.")
 
 
