@@ -31,8 +31,9 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run(
-        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+    clone = "git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut"
+    subprocess.run(  # the version that this notebook belongs to; the newest until it is released
+        f"test -d noisOut || {clone} --branch v0.2.0 || {clone}",
         shell=True,
         check=True,
     )
@@ -73,7 +74,6 @@ def flower(count):
     return torch.stack([radius * angle.sin(), radius * angle.cos()], dim=1)
 
 
-# %%
 def colours(points):  # for the figures: gold in the centre, from coral to violet around it
     coral, violet, gold = torch.tensor([[0.96, 0.36, 0.38], [0.45, 0.24, 0.78], [0.95, 0.68, 0.08]])
     share = (1 + torch.cos(torch.atan2(*points.T) - 1))[:, None] / 2
@@ -172,12 +172,13 @@ def fit(points, steps=2000, batch_size=512):
 
 # %%
 network, losses = fit(points)
-plot_loss(losses, alt="The loss falls steeply over the first two hundred steps, then slowly")
+plot_loss(losses, alt="The loss falls steeply over the first hundred steps, then slowly")
 
 # %% [markdown]
 # The loss stays far from zero: many clean points could have led to the same $x_t$, and the best
 # prediction is their mean. These are the predictions for noisy points at four timesteps. The arrows
-# lead from places $x_t$ towards $\hat x_0$: this is the vector field that the network has learned.
+# lead from places $x_t$ towards $\hat x_0$, and have the colour of the place that they point at:
+# this is the vector field that the network has learned.
 
 # %%
 places = torch.cartesian_prod(*2 * [torch.linspace(-2, 2, 19)])
@@ -198,11 +199,13 @@ plot_points(predictions, arrows=field, colors=hues, limits=(-2.2, 2.2), point_si
 #
 # ## Idea 3: go back in small steps
 #
-# From pure noise, a single prediction lands in the middle. So we do not go all the way. The
-# prediction $\hat x_0$ also says which noise $\hat\epsilon$ is in $x_t$; we mix both again for the
-# *next lower* noise level, where the network can make out a little more:
+# From pure noise, a single prediction lands in the middle. So we do not go all the way. Given
+# $x_t$, the prediction $\hat x_0$ also says which noise $\hat\epsilon$ has been added (solve the
+# formula of idea 1 for it). We mix both again for the *next lower* noise level, where the network
+# can make out a little more:
 #
-# $$x_{t-1} = \sqrt{\bar\alpha_{t-1}}\,\hat x_0 + \sqrt{1-\bar\alpha_{t-1}}\,\hat\epsilon$$
+# $$\hat\epsilon = \frac{x_t - \sqrt{\bar\alpha_t}\,\hat x_0}{\sqrt{1-\bar\alpha_t}}, \qquad
+# x_{t-1} = \sqrt{\bar\alpha_{t-1}}\,\hat x_0 + \sqrt{1-\bar\alpha_{t-1}}\,\hat\epsilon$$
 
 # %%
 @torch.no_grad()
@@ -229,20 +232,20 @@ plot_points(frames, colors=landed, limits=(-2.8, 2.8), point_size=2, alt=alt)
 # the slider, or press play:
 
 # %%
-def frame(t):
-    alt = f"The points at timestep {t} of {T}, on their way from noise to the flower"
-    return plot_points({f"$t = {t}$": path[T - t]}, colors=landed, limits=(-2.5, 2.5), alt=alt)
+def frame(step):
+    alt = f"The points after {step} of {T} steps, on their way from noise to the flower"
+    title = f"$t = {T - step}$"
+    return plot_points({title: path[step]}, colors=landed, limits=(-2.5, 2.5), alt=alt)
 
 
-Explorer(frame, play="t", t=widgets.IntSlider(4, 0, T))
+Explorer(frame, play="step", step=widgets.IntSlider(36, 0, T))
 
 # %% [markdown]
-# All paths at once, from where a point starts to where it lands:
+# Many paths at once, from where a point starts to where it lands:
 
 # %% tags=["cover"]
 alt = "The generated flower and the curved paths of its points, which fan in from all sides"
-ends, lines = path[-1, :400], path[:, :400]
-plot_points({"": ends}, paths=lines, colors=landed[:400], limits=(-2.5, 2.5), alt=alt)
+plot_points({"": path[-1]}, paths=path[:, :400], colors=landed, limits=(-2.5, 2.5), alt=alt)
 
 # %% [markdown]
 # How many steps does it take? The same loop over every $k$-th timestep only:
@@ -274,7 +277,7 @@ print(f"{size:.1f} M parameters, {len(classes)} species, predicts {process.predi
 
 # %% [markdown]
 # It was trained with $T = 1000$ timesteps; we visit 15 of them. *Guidance* strengthens the
-# influence of the species.
+# influence of the species. Pixel values lie in $[-1, 1]$, so predictions are clamped to that range.
 
 # %%
 names = ["sunflower", "water lily", "hibiscus", "osteospermum"]

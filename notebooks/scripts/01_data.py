@@ -31,15 +31,15 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run(
-        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+    clone = "git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut"
+    subprocess.run(  # the version that this notebook belongs to; the newest until it is released
+        f"test -d noisOut || {clone} --branch v0.2.0 || {clone}",
         shell=True,
         check=True,
     )
     sys.path.insert(0, "noisOut")
 
 # %%
-
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgb
@@ -58,6 +58,7 @@ from noisout_nb.evaluation import factor_distance, measure_factors
 from noisout_nb.exercises import check
 from noisout_nb.figures import image_grid, plot_bars, plot_histograms, plot_points
 from noisout_nb.flowers import paint
+from noisout_nb.generate import sample_image
 from noisout_nb.profiles import DATASETS, get_profile
 
 profile = get_profile()
@@ -72,35 +73,35 @@ profile = get_profile()
 
 # %%
 garden = ProceduralFlowers(size=32, count=600, seed=0)
-rows = [(garden.labels == label).nonzero()[:5, 0] for label in range(len(garden.classes))]
-alt = "Embedded flowers, five of each species, from white daisies to violet starflowers"
+rows = [(garden.labels == label).nonzero()[:4, 0] for label in range(len(garden.classes))]
+alt = "Embedded flowers, four of each species, from white daisies to violet starflowers"
 flowers = garden.images[torch.cat(rows)]
-image_grid(flowers, columns=5, scale=2, row_labels=garden.classes, alt=alt)
+image_grid(flowers, columns=4, scale=2, row_labels=garden.classes, alt=alt)
 
 # %% [markdown]
 # The formula knows no pixels, so it gives any size. At 128 pixels:
 
 # %% tags=["cover"]
 large = ProceduralFlowers(size=128, count=12, seed=5)
-alt = "Eight embedded flowers at 128 pixels, with shaded petals and soft backgrounds"
-image_grid(large.images[:8], columns=4, scale=1, alt=alt)
+alt = "Six embedded flowers at 128 pixels, with shaded petals and soft backgrounds"
+image_grid(large.images[:6], columns=3, scale=1, alt=alt)
 
 # %% [markdown]
 # Behind each flower are numbers, its *factors*. We take one flower and change one factor at a time:
 
 # %%
 shown = ["radius", "petals", "hue", "tilt", "background_value"]
-flower = {name: values[7:8].repeat(5) for name, values in large.factors.items()}
+flower = {name: values[7:8].repeat(4) for name, values in large.factors.items()}
 rows = []
 for name in shown:
     values = large.factors[name]
-    steps = torch.linspace(float(values.min()), float(values.max()), 5)
+    steps = torch.linspace(float(values.min()), float(values.max()), 4)
     steps = steps.round() if name == "petals" else steps
-    rows.append(paint(64, large.labels[7:8].repeat(5), flower | {name: steps}))
+    rows.append(paint(64, large.labels[7:8].repeat(4), flower | {name: steps}))
 
 # %%
-alt = "One flower five times: larger, with more petals, in other hues, tilted, before light"
-image_grid(torch.cat(rows), columns=5, scale=1, row_labels=shown, alt=alt)
+alt = "One flower four times: larger, with more petals, in other hues, tilted, before light"
+image_grid(torch.cat(rows), columns=4, scale=1, row_labels=shown, alt=alt)
 
 # %% [markdown]
 # This is what photographs cannot offer. Since we know the true distribution of the factors, we can
@@ -120,8 +121,19 @@ print(f"{DATASETS[profile.dataset]}: {len(data):,} images of {len(data.classes)}
 image_grid(data.images[:16], alt=f"The first sixteen training images: {DATASETS[profile.dataset]}")
 
 # %% [markdown]
-# Either way, `data[i]` is an image and its label. Images are decoded once and kept as `uint8`, a
-# quarter of the memory that floats take.
+# Until then, these give an idea of what the photographs are like. They are generated, by the
+# network in `models/` that learned from the photographs. How it does that is what the series is
+# about.
+
+# %%
+names = ["oxeye daisy", "corn poppy", "osteospermum"]
+generated = sample_image(names, sampler="ddim", steps=15, seed=3)
+alt = "Three generated flowers that look like photographs: " + ", ".join(names)
+image_grid(generated, columns=3, scale=2, column_labels=names, alt=alt)
+
+# %% [markdown]
+# Whatever the data, `data[i]` is an image and its label. Images are decoded once and kept as
+# `uint8`, a quarter of the memory that floats take.
 
 # %%
 image, label = data[0]
@@ -282,7 +294,7 @@ mean = to_float(data.images).mean(0)
 difference = 4 * (mean - mean.flip(-1))
 shown = [mean, mean.flip(-1), difference]
 labels = ["mean image", "mirrored", "difference x 4"]
-alt = "The mean image, its mirror image, and their difference: the left half is brighter"
+alt = "The mean image, its mirror image, and their difference: the flower's left half is brighter"
 image_grid(shown, columns=3, scale=4, column_labels=labels, alt=alt)
 
 # %%

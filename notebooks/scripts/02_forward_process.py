@@ -33,8 +33,9 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run(
-        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+    clone = "git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut"
+    subprocess.run(  # the version that this notebook belongs to; the newest until it is released
+        f"test -d noisOut || {clone} --branch v0.2.0 || {clone}",
         shell=True,
         check=True,
     )
@@ -672,9 +673,9 @@ for name, p in processes.items():
 # We can already run the whole process backwards if we pretend that flowers are *Gaussian*: a mean
 # image, and the variances along the 100 principal components that we found above. For such data the
 # best prediction of $x_0$, its conditional mean given $x_t$, follows from Bayes' rule once more.
-# Along a component of variance $\lambda$ it is the mean plus
+# Along a component of variance $s^2$ it is the mean plus
 #
-# $$\frac{\sqrt{\bar\alpha_t}\,\lambda}{\bar\alpha_t\lambda + 1 - \bar\alpha_t}$$
+# $$\frac{\sqrt{\bar\alpha_t}\,s^2}{\bar\alpha_t\,s^2 + 1 - \bar\alpha_t}$$
 #
 # times the deviation of $x_t$ from its own mean, $\sqrt{\bar\alpha_t}$ times the mean image.
 

@@ -32,8 +32,9 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run(
-        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+    clone = "git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut"
+    subprocess.run(  # the version that this notebook belongs to; the newest until it is released
+        f"test -d noisOut || {clone} --branch v0.2.0 || {clone}",
         shell=True,
         check=True,
     )
@@ -43,6 +44,7 @@ if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from noisout_nb.batches import NOISE, stream_seed
@@ -50,7 +52,7 @@ from noisout_nb.checkpoints import load_model, read_card, save_model
 from noisout_nb.data import load_data, to_float
 from noisout_nb.evaluation import factor_distance
 from noisout_nb.exercises import check
-from noisout_nb.figures import bars, filmstrip, image_grid, plot_lines, plot_loss, stack
+from noisout_nb.figures import bars, filmstrip, image_grid, plot_lines, plot_loss
 from noisout_nb.forward_process import GaussianDiffusion
 from noisout_nb.generate import sample_image
 from noisout_nb.parallel import get_device, memory_format
@@ -147,8 +149,17 @@ for i, left, right in zip(t.tolist(), kl, formula, strict=True):
 # Ho et al. found samples better with a simpler weight. Their $L_\text{simple}$ is the plain squared
 # error of the predicted noise, which weights an error in $x_0$ by $\text{SNR}_t$. The profiles of
 # this series use $\text{SNR}_t + 1$, capped; below we compare these weights. Whatever the weight,
-# training is *Algorithm 1* of the paper: take images, draw $t$ and $\epsilon$ at random, take a
-# gradient step on the squared error.
+# training is *Algorithm 1* of the paper, which is short:
+#
+# ```python
+# x_0, y = next(images)
+# t, noise = torch.randint(T, (len(x_0),)), torch.randn_like(x_0)
+# prediction = model(process.q_sample(x_0, t, noise), t, y)
+# loss = (weight(t) * (prediction - x_0).square().mean((1, 2, 3))).mean()
+# loss.backward()  # and a step of the optimiser
+# ```
+#
+# Here it is in full:
 
 # %%
 def my_training(model, batches, steps, learning_rate):
@@ -176,11 +187,11 @@ def my_training(model, batches, steps, learning_rate):
 
 
 # %% [markdown]
-# Some lines are not in Algorithm 1. Each step has its own random numbers, so that a run can be
-# resumed at any step. Some labels are dropped, so that the network also learns to generate without
-# one (notebook 06 makes use of it). The gradient's norm is clipped. The learning rate rises over
-# the first steps and then falls along a cosine. The package's `train` is the same loop, and yields
-# after each step. From the same start, both have the same losses:
+# What has been added: each step has its own random numbers, so that a run can be resumed at any
+# step. Some labels are dropped, so that the network also learns to generate without one (notebook
+# 06 makes use of it). The gradient's norm is clipped. The learning rate rises over the first steps
+# and then falls along a cosine. The package's `train` is the same loop, and yields after each step.
+# From the same start, both have the same losses:
 
 # %%
 def small_network():  # without dropout, which would consume random numbers in a different order
@@ -206,15 +217,16 @@ print(
 # %% [markdown]
 # ## Train
 #
-# The loop is ours, so what it shows is up to us: the loss of each step, and now and then six
+# The loop is ours, so what it shows is up to us: the loss of each step, and now and then four
 # samples from always the same noise. They are made with the weights as they are, and with `ema`'s:
 # the *exponential moving average* of the weights, which we come to below. For later we also note
 # both losses on held-out images. The stop button ends the loop; to go on, run the cell again.
 
 # %%
 looks = [round(profile.train_steps * part) for part in (0.05, 0.2, 0.5, 1)]
-species = torch.arange(6, device=device) % len(data.classes)
+species = torch.arange(4, device=device) % len(data.classes)
 previews, scores = {"raw": {}, "averaged": {}}, {"raw": {}, "averaged": {}}
+ema, batches, losses = EMA(model, profile.ema_decay), same_batches(), []
 
 
 def look(index, weights):
@@ -225,7 +237,8 @@ def look(index, weights):
 
 
 # %%
-ema, batches, losses = EMA(model, profile.ema_decay), same_batches(), []
+if len(losses) == profile.train_steps:
+    raise RuntimeError("trained already: to start anew, run all cells from the top")
 checkpoint = profile.runs / "checkpoint.pth"
 alt = "The loss of each step, which falls steeply and then slowly"
 options = profile.training | {"losses": losses, "checkpoint": checkpoint}
@@ -235,7 +248,7 @@ with train(model, process, batches, ema, **options) as run, Live(alt) as live:
             look(step.index, "raw")
             with ema.applied():
                 look(step.index, "averaged")
-        live.update(lambda: plot_loss(losses))
+        live.update(lambda: plot_loss(losses, size=(720, 240)))
         if live.stopped:
             break  # leaving the block saves the state
 
@@ -246,7 +259,7 @@ with train(model, process, batches, ema, **options) as run, Live(alt) as live:
 # %% tags=["cover"]
 assert len(losses) == profile.train_steps, "stopped early: run the cell above again to go on"
 filmstrip(
-    [images[:4] for images in previews["averaged"].values()],
+    list(previews["averaged"].values()),
     row_labels=[f"step {index}" for index in previews["averaged"]],
     scale=2,
     alt="Four samples at four moments of training: first blurred discs of colour on green, then "
@@ -399,9 +412,9 @@ plot_lines(
     y_label="mean squared error of $x_0$",
     log_y=True,
     markers=True,
-    alt="Error of the predicted x_0 against t on a log axis: the network's rises from 0.003 to "
-    "0.08 and is the same for training and for held-out images; the Gaussian's is larger at both "
-    "ends; that of the input itself is lower below t = 50 and then far above",
+    alt="Error of the predicted x_0 against t on a log axis: the network's rises from below 0.005 "
+    "to almost 0.1 and is about the same for training and for held-out images; the Gaussian's is "
+    "larger at both ends; that of the input itself is lowest at t = 10 and far above from 60 on",
 )
 
 # %% [markdown]
@@ -411,32 +424,18 @@ plot_lines(
 # - Where there is much noise the network is ahead of the Gaussian, which would have to decide on a
 #   species and cannot: the mean of a Gaussian is a mixture of all. In the middle they are close.
 #   The embedded flowers are smooth and simple; two minutes do not suffice to be better everywhere.
-# - Below $t = 50$ there is so little noise that returning the input would be hard to beat. A
-#   network that predicts $x_0$ has to rebuild every detail, and two minutes are short for that,
-#   too.
+# - At the smallest $t$ there is so little noise that simply returning the input is best. A network
+#   that predicts $x_0$ has to rebuild every detail, and two minutes are short for that, too.
 #
 # ## One error, three targets
 #
-# Given $x_t$, a prediction of $x_0$ is one of $\epsilon$ and one of $v$ (notebook 02), so a network
-# may be trained on any of the three. Their squared errors differ by factors that depend on $t$
-# alone:
+# Given $x_t$, a prediction of $x_0$ is one of $\epsilon$ and one of $v$, so a network may be
+# trained on any of the three, and their squared errors differ by factors that depend on $t$ alone
+# (notebook 02 measures them):
 #
 # $$ \|\epsilon - \hat\epsilon\|^2 = \text{SNR}_t\,\|x_0 - \hat x_0\|^2,
 # \qquad \|v - \hat v\|^2 = (\text{SNR}_t + 1)\,\|x_0 - \hat x_0\|^2 $$
-
-# %%
-noise_of_wrong = process.predict_noise_from_start(x_t, t, wrong)
-in_x_0 = (wrong - x_0).square().mean((1, 2, 3))
-in_eps = (noise_of_wrong - noise).square().mean((1, 2, 3))
-v, v_of_wrong = process.predict_v(x_0, t, noise), process.predict_v(wrong, t, noise_of_wrong)
-in_v = (v_of_wrong - v).square().mean((1, 2, 3))
-assert_close(in_eps / in_x_0, snr(t), rtol=1e-2, atol=1e-4)
-assert_close(in_v / in_x_0, snr(t) + 1, rtol=1e-2, atol=1e-4)
-print("  t      SNR   error of eps / of x_0   error of v / of x_0")
-for row in zip(t.tolist(), snr(t), in_eps / in_x_0, in_v / in_x_0, strict=True):
-    print("{:3} {:8.2g} {:23.2g} {:21.2g}".format(*row))
-
-# %% [markdown]
+#
 # So plain squared errors of the three targets are three weights of one error. Beside them stands
 # the weight that the variational bound asks for, and the capped one of our profiles. Towards pure
 # noise the weights of the bound and of $\epsilon$ vanish, though that is where colour and place are
@@ -457,8 +456,9 @@ plot_lines(
     x_label="t",
     y_label="weight of the squared error of $x_0$",
     log_y=True,
-    alt="Weights against t on a log axis: those of the bound, of eps and of v fall from above "
-    "10,000; eps and the bound on towards zero, v and ours to 1, where that of x_0 always is",
+    alt="Weights against t on a log axis: those of the bound, of eps and of v start near 10,000 "
+    "and fall, eps and the bound on towards zero, v to 1, where that of x_0 always is; ours starts "
+    "at its cap and then follows v",
 )
 
 # %% [markdown]
@@ -488,9 +488,20 @@ bars(
 
 # %% [markdown]
 # $v$ and the last bar share their weight (up to the cap), so it is the output that makes the
-# difference. The first two are full of grain: their finest details have 11 and 2 times the power
-# that those of flowers have. Those of $x_0$ have half of it; so early its samples are smooth. The
-# plain weight is ahead after 400 steps; SNR + 1 puts more of the effort into low noise levels,
+# difference. The same program measures the power of the finest details of the samples, and the
+# reason shows: with $\epsilon$ and $v$ they are full of grain, with $x_0$ still smooth.
+
+# %%
+finest = {r"$\epsilon$": 11, "$v$": 2, "$x_0$, weight 1": 0.5, "$x_0$, weight SNR + 1": 0.5}
+bars(
+    finest,
+    x_label="power of the finest details (1: as in held-out flowers) after 400 steps",
+    alt="Power of the finest details after 400 steps: 11 times that of flowers for eps, twice for "
+    "v, half of it for both kinds of x_0",
+)
+
+# %% [markdown]
+# The plain weight is ahead after 400 steps; SNR + 1 puts more of the effort into low noise levels,
 # where fine details are learned, and these trials are too short to say which is better in the end.
 #
 # This holds for patches and for narrow networks. Ho et al. found $\epsilon$ best, with a network of
@@ -506,11 +517,11 @@ bars(
 # %%
 moments = looks[1:3]
 filmstrip(
-    [previews[weights][index][:4] for index in moments for weights in ("raw", "averaged")],
+    [previews[weights][index][:3] for index in moments for weights in ("raw", "averaged")],
     row_labels=[f"step {index}, {weights}" for index in moments for weights in ("raw", "averaged")],
     scale=2,
-    alt="Four samples at two moments, with raw and with averaged weights: the averaged ones have "
-    "cleaner backgrounds and clearer petals",
+    alt="Three samples at two moments, with raw and with averaged weights: first all are ragged; "
+    "later the averaged ones have cleaner backgrounds and rounder petals",
 )
 
 # %%
@@ -522,13 +533,13 @@ plot_lines(
     markers=True,
     size=(720, 260),
     alt="Held-out loss against the training step: with averaged weights it lies below that of the "
-    "raw ones from the second moment on; at the end both meet",
+    "raw ones, far below at the second moment; at the end both meet",
 )
 
 # %% [markdown]
-# At the very first steps the average lags behind; then it is ahead, by as much as hundreds of steps
-# of training. At the end both meet, because the learning rate has fallen to zero and the last
-# weights hardly differ. Whoever stops early needs the average.
+# Early on the average is ahead by as much as hundreds of training steps. At the end both meet,
+# because the learning rate has fallen to zero and the last weights hardly differ. Whoever stops
+# early needs the average.
 #
 # ## Are they flowers?
 #
@@ -544,11 +555,11 @@ samples = sample(
 random = torch.randn(256, 100, generator=torch.Generator().manual_seed(6))
 ghosts = (centre + (random * variances.sqrt() @ components.T).view(-1, *shape)).clamp(-1, 1)
 filmstrip(
-    [samples[:5], samples[5:10], ghosts[:5]],
+    [samples[:4], samples[5:9], ghosts[:4]],
     row_labels=["network", "network", "Gaussian"],
     scale=2,
-    alt="Ten flowers generated by the network, each in the colours and with the petals of its "
-    "species; five of the Gaussian, blurred and in mixed colours",
+    alt="Eight flowers generated by the network, each in the colours and with the petals of its "
+    "species; four of the Gaussian, blurred and in mixed colours",
 )
 
 # %% [markdown]
@@ -582,37 +593,40 @@ bars(
     distances,
     errors=distance_errors,
     x_label="distance to held-out flowers (0: same distribution)",
-    alt="Distance to held-out flowers: other held-out flowers about 0.1, the network about 0.2, "
-    "the Gaussian about 0.3, the mean flower 0.84",
+    alt="Distance to held-out flowers: shortest for other held-out flowers, then the network, then "
+    "the Gaussian, and by far the longest bar for the mean flower",
 )
 
 # %% [markdown]
-# The network beats the Gaussian, though by little in these four numbers: a Gaussian has the right
-# mean and spread by construction. What it lacks, one glance at the images shows: it cannot tell the
+# The network beats the Gaussian, if not by far in these four numbers: a Gaussian has the right mean
+# and spread by construction. What it lacks, one glance at the images shows: it cannot tell the
 # species apart. Distances that see more than four numbers are the subject of notebook 07.
 #
 # ## What longer training brings
 #
-# This run; 7,000 steps of the same network, shipped as `models/quick_model.pth`; and the
-# network of the profile `flowers64`, trained for hours on photographs of 102 species at 64 x 64
-# pixels, shipped as `models/Flowers102_model.pth`:
+# This run; a longer one of the same network, shipped as `models/quick_model.pth`; and the network
+# of the profile `flowers64`, trained for hours on photographs of 102 species at 64 x 64 pixels,
+# shipped as `models/Flowers102_model.pth`:
 
 # %%
-longer, longer_process, _ = load_model(PROFILES["quick"].published, device)
-six = torch.arange(6, device=device)
+shipped = PROFILES["quick"].published
+longer, longer_process, _ = load_model(shipped, device)
+three = torch.tensor([0, 1, 4], device=device)  # of the embedded flowers: daisy, poppy, sunflower
 options = {"sampler": "ddim", "steps": 20, "seed": 3}
-now = sample(denoiser, process, six % len(data.classes), shape=shape, **options).cpu()
-later = sample(longer, longer_process, six, shape=(3, 32, 32), **options).cpu()
+now = sample(denoiser, process, three % len(data.classes), shape=shape, **options).cpu()
+later = sample(longer, longer_process, three, shape=(3, 32, 32), **options).cpu()
 names = ["oxeye daisy", "corn poppy", "sunflower"]
 photographs = sample_image(names, sampler="ddim", steps=15, seed=3)
 
 # %%
-stack(
-    image_grid(now[:3], scale=128 // profile.image_size, row_labels=["this run"]),
-    image_grid(later[:3], scale=4, row_labels=["7,000 steps"]),
-    image_grid(photographs, scale=2, row_labels=["photographs"], column_labels=names),
-    alt="Three embedded flowers of this run, ragged; the same after 7,000 steps, "
-    "with smooth petals; three flowers as in photographs: a daisy, a poppy and a sunflower",
+rows = [now, later, photographs]
+image_grid(
+    torch.cat([F.interpolate(images, size=64) for images in rows]),
+    columns=3,
+    scale=2,
+    row_labels=["this run", f"{read_card(shipped)['steps']:,} steps", "photographs"],
+    alt="A daisy, a poppy and a sunflower of this run, ragged; the same after many more steps, "
+    "with smooth petals; three that look like photographs",
 )
 
 # %% [markdown]
@@ -622,8 +636,10 @@ stack(
 # card in the same file that says which network and process they belong to.
 
 # %%
+if len(losses) < profile.train_steps:
+    raise RuntimeError("not finished: run the training cell again, and it goes on where it was")
 facts = {"steps": len(losses), "profile": profile.name}
-save_model(denoiser, profile.weights, process, data.classes, **facts)
+save_model(model, profile.weights, process, data.classes, ema=ema, **facts)
 checkpoint.unlink(missing_ok=True)
 read_card(profile.weights)["process"]
 
@@ -696,7 +712,7 @@ check(
 # share = 0.9999**1300
 # ```
 #
-# 88 %: samples would be nearly pure noise.
+# 88 %: the samples would be grey all over, as those of the new network are.
 # </details>
 #
 # **3. Another weight.** Hang et al. (2023) weight the squared error of $x_0$ by $\min(\text{SNR}_t,

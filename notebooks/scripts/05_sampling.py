@@ -33,8 +33,9 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run(
-        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+    clone = "git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut"
+    subprocess.run(  # the version that this notebook belongs to; the newest until it is released
+        f"test -d noisOut || {clone} --branch v0.2.0 || {clone}",
         shell=True,
         check=True,
     )
@@ -143,7 +144,8 @@ print("largest difference of a pixel:", f"{(mine - last.x).abs().max():.2f}")
 # \sqrt{\frac{1-\bar\alpha_t}{\bar\alpha_t}} . $$
 #
 # This is the same process, seen without the shrinking. All that is left of schedule and $t$ is the
-# *noise level* $\sigma$ (Karras et al. 2022), which falls during sampling from hundreds to zero.
+# *noise level* $\sigma$ (Karras et al. 2022), which falls during sampling from hundreds to zero. At
+# $\sigma = 1$ there is as much noise as signal.
 # Its logarithm is $\lambda = -\log\sigma$, half the log-SNR.
 
 # %%
@@ -153,7 +155,7 @@ plot_lines(
     x_label="t",
     y_label=r"noise level $\sigma$",
     log_y=True,
-    hlines={"as much noise as signal": 1},
+    hlines={r"$\sigma = 1$": 1},
     size=(720, 260),
     alt="Noise level against t on a log axis, for both schedules: from about 0.01 through 1 to 157 "
     "for the linear and to 20,000 for the cosine schedule",
@@ -370,19 +372,20 @@ plot_lines(
 # ## Where to spend few steps
 #
 # Twenty steps may be spread evenly in $t$, in $\lambda$, or, as EDM does, evenly in
-# $\sigma^{1/\rho}$ with $\rho = 7$: in between, with most steps at low noise levels.
+# $\sigma^{1/\rho}$ with $\rho = 7$, which spends more of them on high noise levels than $\lambda$:
 
 # %%
 spacings = {name: process.respace(20, name) for name in ("uniform", "lambda", "karras")}
 plot_lines(
-    {name: (range(1, 21), p.sigmas.flip(0)) for name, p in spacings.items()},
+    {name: p.sigmas.flip(0) for name, p in spacings.items()},
     x_label="step",
+    x_ticks=[str(step) for step in range(1, 21)],
     y_label=r"noise level $\sigma$",
     log_y=True,
     markers=True,
-    alt="Noise level of each of 20 steps on a log axis: evenly in t they stay between 10 and 0.08, "
-    "after a first step far above; evenly in lambda they fall on a line; Karras' bend below it at "
-    "the end",
+    alt="Noise level of each of 20 steps on a log axis, the first far above the others: evenly in "
+    "t they stay between 10 and 0.08; evenly in lambda they fall nearly along a line to 0.006; "
+    "Karras' lie above that line and bend down to its end",
 )
 
 # %%
@@ -450,7 +453,9 @@ a, b = start(2, 11)
 weights = torch.linspace(0, 1, 4, device=device)
 line = torch.stack([torch.lerp(a, b, weight) for weight in weights])
 walk = slerp(a, b, weights)
-print(f"standard deviation half-way: line {line[3].std():.1f}, arc {walk[3].std():.1f}")
+half = torch.full((1,), 0.5, device=device)
+on_line, on_arc = torch.lerp(a, b, 0.5).std(), slerp(a, b, half).std()
+print(f"standard deviation half-way: line {on_line:.1f}, arc {on_arc:.1f}")
 
 # %%
 pair = species_labels(["sunflower", "osteospermum"], species).to(device)
@@ -558,7 +563,7 @@ back = None
 check(
     "exercise 2",
     back,
-    lambda x: 0.001 < (x - x_0).square().mean() < 0.1,
+    lambda x: x.shape == x_0.shape and 0.001 < (x - x_0).square().mean() < 0.1,
     hint="half.q_sample(x_0, t, noise) with t = 500 for each image, then ddim(model, half, ...).",
 )
 

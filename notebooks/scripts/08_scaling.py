@@ -23,8 +23,8 @@
 # limit; which remedies pay here, in milliseconds; what data-parallel training is; how a run
 # survives `kill -9`; and what ImageNet would take.
 #
-# **What you need**: notebooks 03 and 04. About a minute on two CPU cores. All times are those of
-# the machine that ran this last: run it on yours.
+# **What you need**: notebooks 03 and 04. Less than a minute on two CPU cores. All times are those
+# of the machine that ran this last: run it on yours.
 
 # %%
 import sys
@@ -32,8 +32,9 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run(
-        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+    clone = "git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut"
+    subprocess.run(  # the version that this notebook belongs to; the newest until it is released
+        f"test -d noisOut || {clone} --branch v0.2.0 || {clone}",
         shell=True,
         check=True,
     )
@@ -55,7 +56,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from noisout_nb.checkpoints import load_safely
 from noisout_nb.data import load_data, to_float
 from noisout_nb.exercises import check
-from noisout_nb.figures import bars, plot_lines
+from noisout_nb.figures import bars
 from noisout_nb.forward_process import GaussianDiffusion
 from noisout_nb.parallel import get_device, memory_format
 from noisout_nb.profiles import REPOSITORY, get_profile
@@ -101,23 +102,22 @@ def operations(work):
     return counter.get_total_flops() / 1e9
 
 
+conv = torch.nn.Conv2d(16, 32, 3, padding=1)
+by_hand = 2 * (3 * 3) * 16 * 32 * (32 * 32) / 1e9
+counted = operations(lambda: conv(torch.zeros(1, 16, 32, 32)))
+print(f"one convolution: by hand {by_hand:.4f} GFLOP, counted {counted:.4f}")
+
+# %%
 step = Step()
 forward = operations(lambda: step.model(step.x_0, step.t, step.y))
 print(f"{profile.batch_size} images: forward {forward:.1f} GFLOP, the step {operations(step):.1f}")
 
-# %% [markdown]
-# Backward costs twice as much as forward: each convolution has a gradient for its input and one for
-# its weights. PyTorch counts two operations, a multiplication and an addition, per weight and
-# position. A convolution that we can count ourselves:
-
-# %%
-conv = torch.nn.Conv2d(16, 32, 3, padding=1)
-by_hand = 2 * (3 * 3) * 16 * 32 * (32 * 32) / 1e9
-counted = operations(lambda: conv(torch.zeros(1, 16, 32, 32)))
-print(f"by hand {by_hand:.4f} GFLOP, counted {counted:.4f}")
-
 
 # %% [markdown]
+# PyTorch counts two operations, a multiplication and an addition, per weight and position. Backward
+# costs twice as much as forward: each convolution has a gradient for its input and one for its
+# weights.
+#
 # ## How fast could it be?
 #
 # A machine is never equally fast twice: it warms up, and has other things to do. So we measure what
@@ -138,7 +138,6 @@ def seconds(works, rounds=4):
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}  # first: warm-up
 
 
-# %%
 def convolution(channels, batch_size, side=16):
     layer = torch.nn.Conv2d(channels, channels, 3, padding=1)
     layer = layer.to(device, memory_format=torch.channels_last)
@@ -147,6 +146,7 @@ def convolution(channels, batch_size, side=16):
     return lambda: layer(x).sum().backward()
 
 
+# %% tags=["measurement"]
 matrix = torch.randn(1024, 1024, device=device)
 wide_network = {"channels": 64, "channel_mults": (1, 2, 2), "num_res_blocks": 2}
 works = {
@@ -159,15 +159,13 @@ works = {
 gflop = {name: operations(work) for name, work in works.items()}
 taken = seconds(works)
 speed = {name: gflop[name] / taken[name] for name in works}
-
-# %% tags=["measurement"]
 bars(
     speed,
     x_label="GFLOP/s",
     number="{:.0f}",
-    alt="Speed in GFLOP per second: highest in the matrix product and the wide convolution, "
-    "lower in "
-    "the narrow convolution and in the training steps, of which the wider network's is the faster",
+    alt="Speed in GFLOP per second: highest in the matrix product and the wide convolution, lower "
+    "in the narrow convolution and in the training steps, of which the wider network's is the "
+    "faster",
 )
 
 # %% [markdown]
@@ -218,7 +216,7 @@ parts = seconds(
     }
 )
 
-# %%
+# %% tags=["measurement", "cover"]
 saved = {
     "channels last": of_step["channels first"] - of_step["as it is"],
     "bfloat16": of_step["as it is"] - of_step["bfloat16"],
@@ -229,17 +227,13 @@ saved = {
 }
 if "torch.compile" in of_step:
     saved["torch.compile"] = of_step["as it is"] - of_step["torch.compile"]
-
-# %% tags=["measurement", "cover"]
 bars(
     {name: 1000 * value for name, value in saved.items()},
     x_label=f"milliseconds saved per step (of {1000 * of_step['as it is']:.0f})",
     number="{:.1f}",
     alt="Milliseconds saved per step by each remedy, on one scale: larger patches save most; "
-    "bfloat16 "
-    "saves much where it is native and loses time where it is emulated; channels last and fused"
-    " Adam "
-    "save little, the EMA at once and decoding once next to nothing",
+    "bfloat16 saves much where it is native and loses time where it is emulated; channels last and "
+    "fused Adam save little, the EMA at once and decoding once next to nothing",
 )
 
 # %% [markdown]
@@ -248,39 +242,6 @@ bars(
 # `has_bfloat16` finds it. It has 8 significant bits, and in such numbers nothing lies between 0.996
 # and 1, so only the network runs in it; the tables of the process, the loss and the average stay in
 # float32.
-#
-# ## How does the cost grow?
-#
-# With the batch, the width and the side of the image, the number of operations is known. Does the
-# time follow?
-
-# %%
-variations = {
-    "batch size 4, 8, 16, 32": [Step(batch_size=size) for size in (4, 8, 16, 32)],
-    "channels 16, 32, 64": [Step(channels=c, attention_resolutions=()) for c in (16, 32, 64)],
-    "side 16, 32, 64": [Step(image_size=s, attention_resolutions=()) for s in (16, 32, 64)],
-}
-costs = {}
-for name, steps in variations.items():
-    counted = [operations(one) for one in steps]
-    costs[name] = counted, list(seconds(dict(enumerate(steps)), rounds=2).values())
-    print(f"{name}: {', '.join(f'{now / counted[0]:.1f}' for now in counted)} times the operations")
-
-# %% tags=["measurement"]
-plot_lines(
-    costs,
-    x_label="GFLOP per step",
-    y_label="seconds per step",
-    log_x=True,
-    log_y=True,
-    markers=True,
-    alt="Seconds of a step against its GFLOP on log axes, for growing batch, width and side: three "
-    "lines close together, a little less steep than the operations",
-)
-
-# %% [markdown]
-# What a step costs is nearly its number of operations, whichever way they grow. Only the smallest
-# steps are dearer: calling an operation takes time, however small the tensors are.
 #
 # ## Several processes
 #
@@ -294,11 +255,6 @@ plot_lines(
 # ```
 #
 # A small program to try it with: twelve steps, and a checkpoint after every second one.
-
-# %%
-lesson = profile.runs / "scaling"
-shutil.rmtree(lesson, ignore_errors=True)
-lesson.mkdir(parents=True)
 
 # %%
 program = """
@@ -327,6 +283,9 @@ with train(model, process, batches, EMA(model), **options) as run:
 """
 
 # %%
+lesson = profile.runs / "scaling"
+shutil.rmtree(lesson, ignore_errors=True)
+lesson.mkdir(parents=True)
 _ = (lesson / "program.py").write_text(program)
 
 
@@ -345,26 +304,22 @@ def result(folder):
 
 
 # %% [markdown]
-# One process, and two with half of the batch each. A third run is stopped after step 5 of two
-# processes and resumed by one. The losses agree, but for the rounding of sums in another order:
+# One run by one process; another that two processes begin, with half of the batch each, that is
+# stopped after step 5, and that one process resumes from the checkpoint. The losses agree, but for
+# the rounding of sums in another order:
 
 # %%
-assert launch("one").wait() == 0 == launch("two", processes=2).wait()
-assert launch("both", processes=2, last=5).wait() == 0
+assert launch("one").wait() == 0 == launch("both", processes=2, last=5).wait()
+pace = {name: float((lesson / name / "seconds").read_text()) for name in ("one", "both")}
 print("steps in the file of the stopped run:", len(result("both")["losses"]))
 assert launch("both").wait() == 0
-for name in ("two", "both"):
-    one, other = (torch.tensor(result(folder)["losses"]) for folder in ("one", name))
-    assert_close(one, other, rtol=1e-4, atol=0)
-    print(f"one and {name}: largest relative difference {(one / other - 1).abs().max():.3f}")
+one, both = (torch.tensor(result(folder)["losses"]) for folder in ("one", "both"))
+assert_close(one, both, rtol=1e-4, atol=0)
+print(f"after the resume: {len(both)} losses, which differ by {(one / both - 1).abs().max():.3f}")
 
 # %% tags=["measurement"]
-rates = {
-    name: 16 / float((lesson / folder / "seconds").read_text())
-    for name, folder in {"one process": "one", "two processes": "two"}.items()
-}
 bars(
-    rates,
+    {"one process": 16 / pace["one"], "two processes": 16 / pace["both"]},
     x_label="images/s, one core per process",
     number="{:.0f}",
     alt="Images per second with one process and with two, which are faster, but less than twice as "
@@ -384,7 +339,7 @@ bars(
 
 # %%
 checkpoint, moment = lesson / "killed" / "run.pth", random.Random(0)
-two_steps = 2 * float((lesson / "one" / "seconds").read_text())
+two_steps = 2 * pace["one"]
 
 
 def written():
@@ -400,8 +355,6 @@ for _ in range(2):
     victim.kill()
     victim.wait()
 assert launch("killed").wait() == 0
-
-# %%
 straight, killed = result("one"), result("killed")
 same = [torch.equal(straight["model"][name], killed["model"][name]) for name in straight["model"]]
 print("losses equal:", straight["losses"] == killed["losses"])
@@ -442,13 +395,13 @@ work = 540_000 * 2048 * 3 * per_image * 1e9
 gpu_days = work / (0.4 * 3e14) / 86_400
 print(f"{5 * 4 * parameters / 1e9:.1f} GB before the first image, {work:.1e} operations in all")
 print(f"{gpu_days:.0f} days of such a GPU, {gpu_days / 64:.1f} with 64 of them")
-
-# %% tags=["measurement"]
 days = {
     "the machine of this recording": work / (speed["training step"] * 1e9) / 86_400,
     "one such GPU": gpu_days,
     "64 of them": gpu_days / 64,
 }
+
+# %% tags=["measurement"]
 bars(
     days,
     x_label="days of training",
@@ -469,13 +422,20 @@ bars(
 # %% tags=["exercise"]
 times_the_operations = None
 
-check("exercise 1", times_the_operations, 4, tolerance=0.1, hint="See the table of costs above.")
+check(
+    "exercise 1",
+    times_the_operations,
+    4,
+    tolerance=0.1,
+    hint="A convolution does the same at each position: how many more positions are there?",
+)
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
-# Four: a convolution does the same at each position, and there are four times as many. Attention
-# compares each position with each, so its products would take 16 times the operations.
+# `times_the_operations = 4`: a convolution does the same at each position, and there are four times
+# as many. Attention compares each position with each, so its products would take 16 times the
+# operations.
 # </details>
 #
 # **2. Memory.** How many GB do weights, gradients, Adam's averages and EMA of a network of 1,000 M
@@ -489,7 +449,7 @@ check("exercise 2", gigabytes, 20, tolerance=0.5, hint="Five numbers of four byt
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
-# 5 x 4 bytes x 10^9 = 20 GB, before any activations.
+# `gigabytes = 5 * 4 * 1_000e6 / 1e9`: 20 GB, before any activations.
 # </details>
 #
-# Back to [the whole path on one page](test.ipynb).
+# Next: [09_improved_ddpm](09_improved_ddpm.ipynb) takes the network apart that was counted here.

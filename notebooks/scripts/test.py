@@ -33,8 +33,9 @@ import sys
 if "google.colab" in sys.modules:  # there a notebook comes alone: fetch what it imports, once
     import subprocess
 
-    subprocess.run(
-        "test -d noisOut || git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut",
+    clone = "git clone -q --depth 1 https://github.com/noisOut/noisOut noisOut"
+    subprocess.run(  # the version that this notebook belongs to; the newest until it is released
+        f"test -d noisOut || {clone} --branch v0.2.0 || {clone}",
         shell=True,
         check=True,
     )
@@ -65,13 +66,17 @@ shape = (3, profile.image_size, profile.image_size)
 # %% [markdown]
 # ## Where this leads
 #
-# The repository comes with a network that was trained on photographs. It generates flowers by name:
+# The repository comes with a network that was trained on photographs. It generates flowers by name,
+# in seconds:
 
 # %%
 wanted = ["sunflower", "rose", "water lily", "hibiscus"]
 photographic = sample_image(2 * wanted, sampler="ddim", steps=15, seed=3)
 alt = "Eight generated flowers, two each: " + ", ".join(wanted)
-image_grid(photographic, columns=4, scale=2, column_labels=wanted, alt=alt)
+grid = image_grid(photographic, columns=4, scale=2, column_labels=wanted, alt=alt)
+grid.save(profile.runs / "pretrained.png")
+print(f"saved as runs/{profile.name}/pretrained.png")
+grid
 
 # %% [markdown]
 # Now one of your own, from nothing, on the data of your profile.
@@ -135,6 +140,8 @@ def dashboard():
 
 
 # %%
+if len(losses) == profile.train_steps:
+    raise RuntimeError("trained already: to start anew, run the network's cell first")
 checkpoint = profile.runs / "checkpoint.pth"
 run = train(model, process, batches, ema, losses=losses, checkpoint=checkpoint, **profile.training)
 with run, Live("The loss falls, first fast, then slowly; below it, the latest samples") as live:
