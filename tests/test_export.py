@@ -66,7 +66,7 @@ def test_the_program_writes_both_files(tmp_path, capsys):
     process = GaussianDiffusion.from_config(timesteps=50)
     save_model(model, tmp_path / "model.pth", process, ["rose", "lily"])
     arguments = ["export", "--weights", str(tmp_path / "model.pth"), "--out", str(tmp_path)]
-    arguments += ["--sampler", "dpm_solver"]
+    arguments += ["--profile", "flowers64"]
     assert main(arguments) == 0
     assert "flowers.bin" in capsys.readouterr().out
     settings = json.loads((tmp_path / "flowers.json").read_text())
