@@ -87,8 +87,15 @@ def test_kernel_distance_and_its_jackknife_agree_with_plain_loops(blocks):
     assert abs(error - math.sqrt((blocks - 1) * left_out.var())) < 1e-10
 
 
-def test_precision_and_recall_agree_with_their_definition():
-    a, b, k = normal(40, 2), 0.5 * normal(30, 2, seed=1), 3
+def test_precision_and_recall_need_k_neighbours():
+    assert ev.precision_recall(normal(3, 2), normal(3, 2, seed=1), k=2)
+    with pytest.raises(ValueError, match="3 images have no 3-th neighbour"):
+        ev.precision_recall(normal(3, 2), normal(4, 2, seed=1), k=3)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_precision_and_recall_agree_with_their_definition(k):
+    a, b = normal(40, 8), normal(30, 8, seed=1)
 
     def plain(points, centres):
         near = 0
@@ -423,6 +430,32 @@ def test_bits_per_dim_does_not_depend_on_batches_or_on_the_networks_mode():
         assert_close(again[1], terms, rtol=1e-5, atol=1e-9)
     other = ev.bits_per_dim(model, process, images, labels.flip(0))[1]
     assert not torch.allclose(other, terms, rtol=1e-4)
+
+
+def test_prior_bits_are_the_kl_of_the_last_step():
+    process = GaussianDiffusion(torch.full((4,), 0.3, dtype=torch.float64), "x0")
+    images = 2 * torch.rand(3, 3, 32, 32) - 1
+    prior, _ = ev.bits_per_dim(tiny_unet(), process, images)
+    kept = 0.7**4
+    last = torch.distributions.Normal(kept**0.5 * images.double(), (1 - kept) ** 0.5)
+    nats = torch.distributions.kl_divergence(last, torch.distributions.Normal(0.0, 1.0))
+    assert prior == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)
+
+
+def test_bits_per_dim_takes_predictions_in_range():
+    class Far(nn.Module):
+        def forward(self, x, t, y=None):
+            return 5 * torch.ones_like(x)
+
+    class Clamped(Far):
+        def forward(self, x, t, y=None):
+            return super().forward(x, t, y).clamp(-1, 1)
+
+    process = GaussianDiffusion.from_config("cosine", 5, "x0")
+    images = torch.full((2, 3, 8, 8), 0.5)
+    assert_close(
+        ev.bits_per_dim(Far(), process, images), ev.bits_per_dim(Clamped(), process, images)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
