@@ -34,7 +34,10 @@ def check_images(images: Tensor, channels: int | None = None) -> None:
 
 
 def check_features(
-    features: Tensor, reference: Tensor, needed: int = 1, why: str = "are too few"
+    features: Tensor,
+    reference: Tensor,
+    needed: int = 1,
+    why: str = "are too few: each set needs at least one",
 ) -> None:
     """Raise ValueError unless both are finite (N, D) of one extractor, N at least `needed`."""
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
