@@ -82,7 +82,7 @@ class NoisOutFloat32(NoisOut):
 
 
 class NoisOutFolded(NoisOut):
-    options = {"patch_size": 2, "attention_resolutions": (8,)}  # as the profile flowers32 has it
+    options = {"patch_size": 2, "attention_resolutions": (8,)}  # a network for 32 x 32 photographs
 
 
 class Diffusers:
