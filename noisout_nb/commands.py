@@ -191,9 +191,7 @@ def _start_from(model: UNet, weights: str) -> None:
 def _finish(model, process, ema, held_out, profile: Profile, publishing: bool) -> int:
     """Write the averaged weights and say how good they are; publish those of photographs."""
     with ema.applied():
-        loss = held_out_loss(
-            model, process, held_out, weighting=profile.weighting, max_weight=profile.max_weight
-        )
+        loss = held_out_loss(model, process, held_out)
         if rank_and_world()[0] == 0:
             facts = {
                 "profile": profile.name,

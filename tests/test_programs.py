@@ -19,8 +19,10 @@ from noisout_nb.classifier import (
     load_classifier,
     save_classifier,
 )
+from noisout_nb.data import load_data
 from noisout_nb.evaluation import CopyDetector, load_features
 from noisout_nb.profiles import PROFILES
+from noisout_nb.training import held_out_loss
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--name", "tiny", "--train-images", "40", "--batch-size", "8"]
@@ -60,6 +62,9 @@ def test_train_writes_averaged_weights_and_goes_on(workplace, capsys):
     model, process, classes = load_model(weights)
     assert model.config["channels"] == 32 and model.config["channel_mults"] in ([1], (1,))
     assert process.prediction == "x0" and len(classes) == 6
+    # with the one measure by which all files are compared, whatever the run's own weighting
+    loss = held_out_loss(model, process, load_data(PROFILES["quick"], "val"))
+    assert card["held_out_loss"] == pytest.approx(loss, rel=1e-2)
 
     straight = program("train", *TINY, "--name", "straight", "--train-steps", 5)
     further = program("train", *TINY, "--train-steps", 5)
