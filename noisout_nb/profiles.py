@@ -133,6 +133,7 @@ _QUICK = Profile(
     channels=32,
     channel_mults=(1, 2, 2),
     num_res_blocks=1,
+    max_weight=25.0,
     batch_size=16,
     train_steps=1300,
     learning_rate=2e-3,
