@@ -222,7 +222,8 @@ image_grid(images, columns=4, scale=1, column_labels=names, alt=alt)
 # The series runs on any folder of images: set `NOISOUT_DATA=path/to/images` and
 # `NOISOUT_PROFILE=folder`, and the notebooks and `python -m noisout_nb train` learn from them. Each
 # subfolder is a class. Until you name a folder, this cell makes one with the kinds of files that
-# real folders hold: wide and tall, with a palette, in CMYK, transparent, grey, rotated by EXIF.
+# real folders hold: wide and tall, with a palette, in print colours (CMYK), transparent, grey,
+# rotated by EXIF.
 
 # %%
 def save_mixed(folder):
@@ -239,7 +240,7 @@ def save_mixed(folder):
         elif kind == 1:
             tall.convert("P").save(path / f"{i} palette.gif")
         elif kind == 2:
-            image.convert("CMYK").save(path / f"{i} CMYK.jpg", quality=95)
+            image.convert("CMYK").save(path / f"{i} print colours.jpg", quality=95)
         elif kind == 3:
             image.putalpha(Image.radial_gradient("L").resize((128, 128)).point(lambda p: 255 - p))
             image.save(path / f"{i} transparent.webp")

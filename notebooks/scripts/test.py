@@ -99,9 +99,9 @@ image_grid(images[:16].cpu(), columns=8, alt="The first batch: sixteen flowers o
 # %% [markdown]
 # ## 2 Noise ([02_forward_process](02_forward_process.ipynb))
 #
-# The more Gaussian noise $\epsilon$ is mixed in, the less is left of the image $x_0$. At timestep
-# $t$ it is $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, with
-# $\bar\alpha_t$ falling from 1 to 0.
+# Gaussian noise destroys the image step by step: at timestep $t$ it is
+# $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, with $\bar\alpha_t$ falling
+# from 1 to 0.
 
 # %%
 process = GaussianDiffusion.from_config(**profile.process).to(device)
@@ -157,8 +157,8 @@ with run, Live("The loss falls, first fast, then slowly; below it, the latest sa
 
 # %% [markdown]
 # The averaged weights are saved under `runs/`, with a card that names the network and its loss on
-# the held-out images. A run on photographs is also published to `models/`, if its loss is lower
-# than that of the file which is there.
+# the held-out images. A run on photographs is also published to `models/` if that loss is lower
+# than the present file's.
 
 # %%
 if len(losses) < profile.train_steps:
@@ -248,5 +248,5 @@ bars(distance, x_label=label, alt=alt)
 print("mean distance of the samples below 0.3:", distance["samples"] < 0.3)
 
 # %% [markdown]
-# Next: [00_quickstart](00_quickstart.ipynb) has the idea in ten minutes, and the numbered notebooks
-# take each part in turn, beginning with [01_data](01_data.ipynb).
+# [00_quickstart](00_quickstart.ipynb) has the idea in ten minutes; the numbered notebooks take each
+# part in turn, beginning with [01_data](01_data.ipynb).
