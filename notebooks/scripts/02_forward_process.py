@@ -422,8 +422,8 @@ image_grid(
 # the one on the right, which it has never seen. At the end of this notebook we watch that go wrong.
 #
 # Fewer steps must be *larger* steps. The best way keeps the fine process and visits only some of
-# its timesteps, as the images of notebook 00 did: `respace(10)` makes a process of ten steps whose
-# betas lead from one kept $\bar\alpha$ to the next,
+# its timesteps, as we did for images in notebook 00: `respace(10)` makes a process of ten steps
+# whose betas lead from one kept $\bar\alpha$ to the next,
 # $\beta = 1 - \bar\alpha_t / \bar\alpha_{\text{previous}}$. A network trained with 1000 steps can
 # be sampled with ten in this way, because it is still told the original $t$.
 
@@ -493,9 +493,9 @@ plot_lines(
 #
 # Ho et al. predict $\epsilon$, and it works well for wide networks. But noise has no structure: a
 # network that predicts it has to carry every one of its numbers from input to output. An image is
-# different. It lies near a surface of few dimensions, so a network can say what it is with far
-# fewer numbers. We ask how much of each fits into 100 numbers, the first 100 principal components
-# of 400 flowers, and measure on images that were not among those.
+# different. It lies near a manifold of few dimensions, so far fewer numbers suffice to describe it.
+# How much of each fits into 100 numbers? We take the first 100 principal components of 400 flowers,
+# and measure on images that were not among those.
 
 # %%
 seen, unseen = flowers[:400], flowers[400:]
@@ -520,7 +520,7 @@ print(
 # $x_0$. (Li & He 2025, "Back to Basics: Let Denoising Generative Models Denoise", make this
 # argument at scale; notebook 03 shows it on patches, and 04 compares all three.)
 #
-# ### One error, three weights
+# ### One error, several weights
 #
 # Predicting $x_0$ does not commit us to the plain squared error of $x_0$. Subtract a prediction
 # from its target, and the conversions above give
@@ -833,9 +833,9 @@ check("exercise 3", factor, 4, tolerance=0.5, hint="What is the variance of a me
 # factor = cosine.sqrt_one_minus_alphas_cumprod[499] ** 2 / remaining.var()
 # ```
 #
-# The same `t` is easier in a larger image, because neighbouring pixels tell of each other. A
-# schedule that is right for 32 x 32 pixels destroys too little at 256 x 256; Hoogeboom et al. 2023,
-# "simple diffusion", shift the SNR by just this factor.
+# The same `t` is easier in a larger image, because neighbouring pixels carry the same information.
+# A schedule that is right for 32 x 32 pixels destroys too little at 256 x 256; Hoogeboom et al.
+# 2023, "simple diffusion", shift the SNR by just this factor.
 # </details>
 #
 # **4. Sixteen bits.** GPUs run networks in bfloat16, which has 8 significant bits. If the table

@@ -182,8 +182,8 @@ plot_lines(
 # %% [markdown]
 # Neighbours are alike, which is what the network needs: it should do much the same at $t = 500$ and
 # $t = 501$. Beyond a hundred timesteps or so the curve is mostly ripple: $t = 990$ is about as
-# similar to 500 as $t = 600$ is. So the embedding tells well which timesteps are near, and badly
-# how far apart the others are. What a timestep means, the layers that follow must learn.
+# similar to 500 as $t = 600$ is. So the embedding shows well which timesteps are close, but not how
+# far away the others are. The layers that follow must learn what a timestep means.
 #
 # ## The residual block
 #
@@ -217,8 +217,8 @@ print("a new block changes its input:", not torch.equal(MyResBlock(32, 32, 128)(
 
 
 # %% [markdown]
-# Two choices need a reason. **Group** normalisation does not look at the other images of the batch,
-# as BatchNorm would; a sample must not depend on its neighbours. And the second convolution starts
+# Two choices need explaining. **Group** normalisation does not look at the other images of the
+# batch, as BatchNorm would; a sample must not depend on them. And the second convolution starts
 # at **zero** (`zero_init`): every new block is the identity, and learns what to add. That matters
 # when many are stacked. We send random features through forty untrained blocks, with and without
 # it:
@@ -327,7 +327,8 @@ filmstrip(
 
 # %% [markdown]
 # Nobody told the network what a centre is, yet the centre attends to the centre, the petal to a
-# ring around it, and the background to the background: each to similar places, also distant ones.
+# ring around the centre, and the background to the background: each to similar places, even distant
+# ones.
 # Attention is not cheap: each of the $n$ positions attends to all $n$, so twice the side means four
 # times the positions and sixteen times the work. That is why it sits at low resolutions only.
 #

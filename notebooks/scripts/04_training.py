@@ -78,7 +78,7 @@ T, shape = process.timesteps, (3, profile.image_size, profile.image_size)
 # %% [markdown]
 # ## The task
 #
-# The task is that of `fit` in notebook 00, with images. A clean image $x_0$, a timestep $t$ and
+# This is the task of `fit` in notebook 00, with images. A clean image $x_0$, a timestep $t$ and
 # noise $\epsilon$ give the noisy
 # $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$. The network sees $x_t$, $t$
 # and the species, and predicts $x_0$. Before training it predicts zero everywhere: mid-grey.

@@ -165,8 +165,8 @@ plot_lines(
 # The network's prediction gives the noise, $\hat\epsilon = (\bar x - \hat x_0)/\sigma$, and with it
 # the *score*, the direction in which a noisy image becomes more probable:
 # $\nabla \log p(\bar x; \sigma) = -\hat\epsilon/\sigma$ (for the best prediction this is exact;
-# notebook 06 derives it). Song et al. (2021) showed that noise can be removed along it without any
-# randomness. Images that move by
+# notebook 06 derives it). Song et al. (2021) showed that the score is enough to remove the noise
+# without any randomness. Images that move by
 #
 # $$ \frac{d\bar x}{d\sigma} = \hat\epsilon(\bar x, \sigma) $$
 #
@@ -177,8 +177,8 @@ plot_lines(
 # $$ \bar x' = \bar x + (\sigma' - \sigma)\,\hat\epsilon = \hat x_0 +
 # \frac{\sigma'}{\sigma}\,(\bar x - \hat x_0) . $$
 #
-# In words: keep the prediction and shrink the rest, the noise. It is the step of notebook 00,
-# divided by $\sqrt{\bar\alpha_{t-1}}$.
+# In words: keep the prediction and shrink the rest, the noise. This is the step of `generate` in
+# notebook 00, divided by $\sqrt{\bar\alpha_{t-1}}$.
 
 # %%
 def denoise(model, process, x_bar, t, y):
@@ -244,15 +244,13 @@ mu, s = 0.3, 0.2
 toy = GaussianDiffusion.from_config("cosine", prediction="x0")
 
 
-def perfect(x, t, y=None):
-    a = toy.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
-    sigma = toy.sigmas[t].view(-1, 1, 1, 1)
-    return mu + s**2 / (s**2 + sigma**2) * (x / a - mu)
-
-
 class Perfect(torch.nn.Module):
+    """In place of a network: the best prediction for this Gaussian."""
+
     def forward(self, x, t, y=None):
-        return perfect(x, t)
+        x_bar = x / toy.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
+        sigma = toy.sigmas[t].view(-1, 1, 1, 1)
+        return mu + s**2 / (s**2 + sigma**2) * (x_bar - mu)
 
 
 noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(4))
@@ -340,8 +338,8 @@ for mine, sampler in ((my_dpm_solver, dpm_solver), (my_heun, heun)):
 
 # %% [markdown]
 # Does second order pay? On the Gaussian we know the solution, so we can measure the error of each
-# sampler and how fast it falls: twice as many steps should halve the error of a first-order method,
-# and quarter that of a second-order one: slopes of 1 and 2 on log axes. The steps are spaced as in
+# sampler and how fast it falls: twice as many steps should halve the error of a first-order method
+# and quarter that of a second-order one (slopes of 1 and 2 on log axes). The steps are spaced as in
 # EDM, which the next section explains.
 
 # %%
@@ -414,9 +412,8 @@ filmstrip(
     row_labels=list(rows),
     column_labels=names,
     scale=2,
-    alt="A rose and a hibiscus in 12 steps by DDIM and DPM-Solver++ with two "
-    "spacings: "
-    "the same flowers, which differ in contrast and in fine texture",
+    alt="A rose and a hibiscus in 12 steps by DDIM and DPM-Solver++ with two spacings: the same "
+    "flowers, which differ in contrast and in fine texture",
 )
 
 

@@ -16,8 +16,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/test.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/test.ipynb)
 #
-# **What you'll do**: generate real flowers from pretrained weights, then go the whole path
-# yourself: data, noise, network, training, samples.
+# **What you'll do**: generate flowers from pretrained weights, then go the whole path yourself:
+# data, noise, network, training, samples.
 #
 # **What you'll learn**: how the parts that the series takes one by one fit together. Every section
 # names the notebook that explains it.
