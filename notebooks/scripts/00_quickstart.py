@@ -18,7 +18,7 @@
 #
 # **What you'll do**: write a complete diffusion model in about forty lines, train it in seconds on
 # points in the plane, and watch noise flow into the shape of a flower. Then run the same sampling
-# loop on a trained image network, and get real flowers.
+# loop on a network trained on photographs, and get images of flowers.
 #
 # **What you'll learn**: the three ideas behind every diffusion model: add noise, predict the clean
 # data, go back in small steps.
@@ -114,7 +114,7 @@ plot_points(noisy, colors=hues, limits=(-2.8, 2.8), columns=5, point_size=2, alt
 
 # %% [markdown]
 # Every point keeps its colour, so you see how they mix. At $t = 40$ nothing of the flower is left,
-# only Gaussian noise, and that we can generate from nothing: `torch.randn`.
+# only Gaussian noise, and that needs no data: `torch.randn` generates it.
 #
 # ## Idea 2: train a network to predict the clean data
 #
@@ -268,8 +268,8 @@ plot_points(samples, colors=by_place, limits=(-2.2, 2.2), columns=5, point_size=
 # ## The same five lines, with images
 #
 # Nothing in `generate` is specific to points. Here is a network that was trained on photographs of
-# flowers in the same way: a UNet that takes noisy images, the timestep and the species, and
-# predicts the clean images.
+# flowers in the same way. It takes noisy images, the timestep and the species, and predicts the
+# clean images.
 
 # %%
 flowers64 = PROFILES["flowers64"]
