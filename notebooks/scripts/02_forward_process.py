@@ -20,7 +20,7 @@
 # out what it takes to go one step back, and generate first flowers without any network.
 #
 # **What you'll learn**: why each step shrinks the image as well as adding noise, what a noise
-# schedule is and how to judge one, why $\epsilon$, $x_0$ and $v$ are three names for one thing and
+# schedule is and how to judge one, why $\epsilon$, $x_0$ and $v$ carry the same information and
 # which of them to predict, and where the formulas of the reverse process come from.
 #
 # **What you need**: notebook 01 and the normal distribution. Reading takes about half an hour,
@@ -434,7 +434,7 @@ print("their betas:   ", *(f"{beta:.2f}" for beta in ten.betas))
 print(f"alpha_bar_T = {ten.exact_alphas_cumprod[-1]:.1e}, as with all 1000 steps")
 
 # %% [markdown]
-# ## Three names for one thing
+# ## Three targets
 #
 # Given $x_t$ and $\epsilon$, the clean image is determined: solve
 # $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ for $x_0$. So a network may be

@@ -163,7 +163,7 @@ Picture.from_figure(
 )
 
 # %% [markdown]
-# The fast channels tell neighbours apart, the slow ones say roughly where we are. How similar are
+# The fast channels tell neighbours apart, the slow ones give the rough position. How similar are
 # two timesteps? Since $\sin a \sin b + \cos a \cos b = \cos(a - b)$, the similarity depends only on
 # the distance between them:
 
@@ -663,8 +663,8 @@ with torch.no_grad():
 
 # %% [markdown]
 # Move $t$ and choose a layer. Near the input the feature maps are noisy copies of the image; in the
-# middle they are coarse and less noisy; on the way up the shape of the flower comes back, vaguer
-# the larger $t$ is.
+# middle they are very coarse; on the way up the shape of the flower comes back, vaguer the larger
+# $t$ is.
 
 # %%
 def inside(t, layer):

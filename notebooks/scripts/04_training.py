@@ -220,18 +220,18 @@ print(
 # ## Train
 #
 # The loop is ours, so we decide what it shows and records. It plots the loss of each step. At four
-# moments it keeps four samples, always from the same noise, and the loss on held-out images: with
-# the raw weights, and with their *exponential moving average* (EMA), which we come to below. The
-# stop button ends the loop; to go on, run the cell again.
+# points of the run it keeps four samples, always from the same noise, and the loss on held-out
+# images: with the raw weights, and with their *exponential moving average* (EMA), which we come to
+# below. The stop button ends the loop; to go on, run the cell again.
 
 # %%
-moments = [round(profile.train_steps * part) for part in (0.05, 0.2, 0.5, 1)]
+preview_steps = [round(profile.train_steps * part) for part in (0.05, 0.2, 0.5, 1)]
 species = torch.arange(4, device=device) % len(data.classes)
 previews, scores = {"raw": {}, "averaged": {}}, {"raw": {}, "averaged": {}}
 ema, batches, losses = EMA(model, profile.ema_decay), same_batches(), []
 
 
-def keep(index, weights):
+def preview(index, weights):
     previews[weights][index] = sample(
         model, process, species, shape=shape, sampler="ddim", steps=20, seed=1
     ).cpu()
@@ -246,10 +246,10 @@ alt = "The loss of each step, which falls steeply and then slowly"
 options = profile.training | {"losses": losses, "checkpoint": checkpoint}
 with train(model, process, batches, ema, **options) as run, Live(alt) as live:
     for step in progress(run, total=profile.train_steps, description="training"):
-        if step.index in moments:
-            keep(step.index, "raw")
+        if step.index in preview_steps:
+            preview(step.index, "raw")
             with ema.applied():
-                keep(step.index, "averaged")
+                preview(step.index, "averaged")
         live.update(lambda: plot_loss(losses, size=(720, 240)))
         if live.stopped:
             break  # leaving the block saves the state
@@ -264,7 +264,7 @@ filmstrip(
     list(previews["averaged"].values()),
     row_labels=[f"step {index}" for index in previews["averaged"]],
     scale=2,
-    alt="Four samples at four moments of training: first blobs of colour on dark green, then "
+    alt="Four samples at four points of training: first blobs of colour on dark green, then "
     "ragged flowers, at the end clear petals and centres",
 )
 
@@ -516,15 +516,15 @@ bars(
 # Each step follows the gradient of a few images, so the weights keep jittering while the learning
 # rate is high. Averaging smooths this out: after every step,
 # $\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$ with a decay $d$ slightly below 1. Samples
-# from the same noise at two moments, with raw and with averaged weights:
+# from the same noise at two points of training, with raw and with averaged weights:
 
 # %%
-pairs = [(index, weights) for index in moments[1:3] for weights in ("raw", "averaged")]
+pairs = [(index, weights) for index in preview_steps[1:3] for weights in ("raw", "averaged")]
 filmstrip(
     [previews[weights][index][:3] for index, weights in pairs],
     row_labels=[f"step {index}, {weights}" for index, weights in pairs],
     scale=2,
-    alt="Three samples at two moments, with raw and with averaged weights: at the first moment "
+    alt="Three samples at two points of training, with raw and averaged weights: at the first "
     "none is a flower yet; at the second all are, in slightly different colours",
 )
 
@@ -537,7 +537,7 @@ plot_lines(
     markers=True,
     size=(720, 260),
     alt="Held-out loss against the training step: with averaged weights it lies below that of the "
-    "raw ones, far below at the second moment; at the end both meet",
+    "raw ones, far below at the second point; at the end both meet",
 )
 
 # %% [markdown]
