@@ -308,7 +308,7 @@ print(f"profile {profile.name!r} flips: {profile.flip}")
 #
 # ## Are two sets of images alike?
 #
-# In the end we shall ask whether generated flowers are like real ones, not one by one, but as a
+# Later we shall ask whether generated flowers are like real ones, not one by one, but as a
 # set. `measure_factors` sees the pixels only, and takes those whose colour is far from the border's
 # for the flower. This gives its size and colour, and the background's brightness. Since the true
 # factors are known, we can see whether the measurement is any good:

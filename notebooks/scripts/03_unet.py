@@ -303,20 +303,19 @@ print("attention weights:", tuple(weights.shape), f"each row sums to {weights[0]
 # %%
 side = seen[0].shape[-1]  # positions in a row
 p = 64 // side  # pixels of a position
-asking, attended = [], []
+border = F.pad(torch.zeros(p - 2, p - 2), (1, 1, 1, 1), value=1).bool()
+queries, attended = [], []
 for row, column in ((3 * side // 8, 3 * side // 8), (3 * side // 8, side // 8), (0, 0)):
     marked = flower[0].clone()
     square = marked[:, row * p : row * p + p, column * p : column * p + p]
-    inner = square[:, 1:-1, 1:-1].clone()
-    square.fill_(1)
-    square[:, 1:-1, 1:-1] = inner
-    asking.append(marked)
+    square[:, border] = 1
+    queries.append(marked)
     light = weights[row * side + column].view(1, 1, side, side)
     light = F.interpolate(light / light.max(), size=64)[0]
     attended.append(light.expand(3, -1, -1) * 2 - 1)
 
 filmstrip(
-    [asking, attended],
+    [queries, attended],
     row_labels=["this position", "attends to"],
     column_labels=["the centre", "a petal", "the background"],
     scale=2,

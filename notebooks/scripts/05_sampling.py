@@ -60,14 +60,14 @@ from noisout_nb.widgets import Again, Explorer
 
 # %% [markdown]
 # We use two networks: a small one for measurements, and the one in `models/` that was trained on
-# photographs. (`flowers` is the latter with *guidance*, the subject of notebook 06.)
+# photographs. (`guided` is the latter with *guidance*, the subject of notebook 06.)
 
 # %%
 torch.manual_seed(0)
 profile, device = get_profile(), get_device()
 model, process, classes = load_pretrained(profile, device)
 network, photo_process, species = load_model(PROFILES["flowers64"].published, device)
-flowers = ClassifierFreeGuidance(network, 3.0)
+guided = ClassifierFreeGuidance(network, 3.0)
 T, shape = process.timesteps, (3, profile.image_size, profile.image_size)
 photo_shape = (3, network.config["image_size"], network.config["image_size"])
 
@@ -87,7 +87,7 @@ def start(count, seed, shape=photo_shape):
 # %% tags=["cover"]
 sunflower = species_labels("sunflower", species).to(device)
 generator = torch.Generator(device).manual_seed(3)
-states = list(ddpm(flowers, photo_process, start(1, 1), sunflower, steps=50, generator=generator))
+states = list(ddpm(guided, photo_process, start(1, 1), sunflower, steps=50, generator=generator))
 shown = [0, 20, 35, 49]
 filmstrip(
     [[states[i].x[0].cpu() for i in shown], [states[i].x_start[0].cpu() for i in shown]],
@@ -217,7 +217,7 @@ rows = {}
 for sampler in (ddpm, ddim):
     for steps in (10, 20):
         options = {"generator": torch.Generator(device).manual_seed(7)} if sampler is ddpm else {}
-        *_, last = sampler(flowers, photo_process, start(2, 6), labels, steps=steps, **options)
+        *_, last = sampler(guided, photo_process, start(2, 6), labels, steps=steps, **options)
         rows[f"{sampler.__name__}, {steps} steps"] = last.x.cpu()
 filmstrip(
     list(rows.values()),
@@ -270,7 +270,7 @@ plot_histograms(
     x_label="sample",
     curves={"true density": (axis, density)},
     alt="Histograms of DDIM's samples: with 5 steps far too narrow, with 20 nearly, with 100 "
-    "hardly to be told from the true density",
+    "hardly distinguishable from the true density",
 )
 
 
@@ -404,7 +404,7 @@ for name in ("ddim", "dpm_solver", "heun"):
 rows = {}
 for name, spacing in (("ddim", "uniform"), ("dpm_solver", "uniform"), ("dpm_solver", "karras")):
     *_, last = SAMPLERS[name](
-        flowers, photo_process, start(2, 6), labels, steps=12, spacing=spacing
+        guided, photo_process, start(2, 6), labels, steps=12, spacing=spacing
     )
     rows[f"{name}, {spacing}"] = last.x.cpu()
 filmstrip(
@@ -443,7 +443,7 @@ class Between(torch.nn.Module):
         self.species, self.weights = species, weights.view(-1, 1, 1, 1)
 
     def forward(self, x, t, y=None):
-        first, second = (flowers(x, t, label.expand(len(x))) for label in self.species)
+        first, second = (guided(x, t, label.expand(len(x))) for label in self.species)
         return torch.lerp(first, second, self.weights)
 
 
@@ -497,7 +497,7 @@ def film(frame, sampler, spacing, noise):
     states = films.setdefault((sampler, spacing, noise), [])
     if len(states) < 20:
         options = {"steps": 20, "spacing": spacing}
-        steps = SAMPLERS[sampler](flowers, photo_process, start(1, noise), sunflower, **options)
+        steps = SAMPLERS[sampler](guided, photo_process, start(1, noise), sunflower, **options)
         for count, state in enumerate(steps, 1):
             states[count - 1 :] = [state]
             yield count / 20
