@@ -610,7 +610,7 @@ for name, (mean, var) in {"by hand": mine, "package": theirs}.items():
 # \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t, \qquad
 # \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t$$
 #
-# Derivations can be wrong, so we also try it out. A million pixels start at $x_0 = 0.5$, jump to
+# Derivations can be wrong, so we also simulate it. A million pixels start at $x_0 = 0.5$, jump to
 # `t = 1` of the ten large steps and take one more step. Where had those been that arrive near
 # $-0.8$?
 
@@ -627,7 +627,7 @@ views = {
     "both: eqs. 6 and 7": density(narrow, *mine),
 }
 plot_histograms(
-    {"tried out": origin},
+    {"simulated": origin},
     x_label="value of the pixel at t = 1, given that it is -0.8 at t = 2",
     curves={name: (narrow, values) for name, values in views.items()},
     alt="The histogram of pixels that arrive at -0.8 lies just under the density of eqs. 6 and 7, "

@@ -321,12 +321,12 @@ filmstrip(
     scale=2,
     alt="Above, the sunflower with a position marked in its centre, on a petal and in a corner; "
     "below, maps of 8 x 8 squares, bright where that position attends: the centre to the centre, "
-    "the petal to a ring around the centre, the corner to the background",
+    "the petal to what surrounds the centre, the corner to the background",
 )
 
 # %% [markdown]
-# Nobody told the network what a centre is, yet the centre attends to the centre, the petal to a
-# ring around the centre, and the background to the background: each to similar places, even distant
+# Nobody told the network what a centre is, yet the centre attends to the centre, the petal to what
+# surrounds the centre, and the background to the background: each to similar places, even distant
 # ones.
 # Attention is not cheap: each of the $n$ positions attends to all $n$, so twice the side means four
 # times the positions and sixteen times the work. That is why it sits at low resolutions only.
