@@ -110,9 +110,10 @@ filmstrip(
 # %% [markdown]
 # ## Where the loss comes from
 #
-# The model should give every training image a high probability. For a chain of steps
+# Why do we minimise a weighted squared error? (You can skip the derivation on a first reading.) The
+# model should give every training image a high probability. For a chain of steps
 # $p_\theta(x_{t-1} \mid x_t)$ that probability cannot be computed, but it can be bounded: this is
-# the *variational bound* (Ho et al. 2020, eq. 5)
+# the *variational bound* (Ho et al. 2020, eq. 5, in their counting of $t$)
 #
 # $$ -\log p_\theta(x_0) \;\le\;
 # \underbrace{D_\text{KL}\big(q(x_T \mid x_0)\,\|\,p(x_T)\big)}_{\text{no parameters}} +
