@@ -549,8 +549,8 @@ plot_lines(
 #
 # ## Are they flowers?
 #
-# We sample 256 images, with the species of 256 held-out flowers. Below the first of them, samples
-# of notebook 02's Gaussian:
+# We sample 256 images, with the species of 256 held-out flowers. Below eight of them, samples of
+# notebook 02's Gaussian:
 
 # %%
 reference, second = to_float(held_out.images[order[:512]]).chunk(2)
