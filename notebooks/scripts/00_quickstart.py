@@ -18,7 +18,7 @@
 #
 # **What you'll do**: write a complete diffusion model in about forty lines, train it in seconds on
 # points in the plane, and watch noise flow into the shape of a flower. Then run the same sampling
-# loop on a trained image network, and get real flowers.
+# loop on a network trained on photographs, and get images of flowers.
 #
 # **What you'll learn**: the three ideas behind every diffusion model: add noise, predict the clean
 # data, go back in small steps.
@@ -113,14 +113,14 @@ plot_points(noisy, colors=hues, limits=(-2.8, 2.8), columns=5, point_size=2, alt
 
 
 # %% [markdown]
-# Every point keeps its colour, so you see how they mix. At $t = 40$ nothing of the flower is left.
-# Such a cloud costs nothing: `torch.randn` generates it.
+# Every point keeps its colour, so you see how they mix. At $t = 40$ nothing of the flower is left,
+# only Gaussian noise, and that needs no data: `torch.randn` generates it.
 #
 # ## Idea 2: train a network to predict the clean data
 #
 # The way back has to be learned. A network sees a noisy point $x_t$ and its timestep, and predicts
-# the clean point $x_0$. Sines and cosines of its inputs, slow and fast ones, let a small network
-# learn sharp shapes.
+# the clean point $x_0$. Its inputs are turned into sines and cosines of many frequencies (*random
+# Fourier features*), without which so small a network would learn only blurred shapes.
 
 # %%
 class Denoiser(nn.Module):
@@ -145,12 +145,12 @@ print(f"{sum(p.numel() for p in Denoiser().parameters()):,} parameters")
 
 
 # %% [markdown]
-# For random points, timesteps and noise we lower the squared error of the prediction $\hat x_0$:
+# For random points, timesteps and noise we minimise the squared error of the prediction $\hat x_0$:
 #
 # $$L = \mathbb{E}\left[\frac{\lVert \hat x_0(x_t, t) - x_0 \rVert^2}{1 - \bar\alpha_t}\right]$$
 #
-# Dividing by the variance of the noise demands precision where there is little noise, since there
-# the details are decided.
+# Dividing by the variance of the noise makes errors count more where there is little noise: that
+# is where details are decided.
 
 # %%
 def fit(points, steps=2000, batch_size=512):
@@ -176,17 +176,18 @@ plot_loss(losses, alt="The loss falls steeply over the first hundred steps, then
 
 # %% [markdown]
 # The loss stays far from zero: many clean points could have led to the same $x_t$, and the best
-# prediction is their mean. These are the predictions for noisy points at four timesteps. The arrows
-# lead from places $x_t$ towards $\hat x_0$, and have the colour of the place that they point at:
-# this is the vector field that the network has learned.
+# prediction is their mean. The points below are predictions at four timesteps, in the colours of
+# the true clean points. The arrows are the vector field that the network has learned: from places
+# $x_t$ they point to $\hat x_0$ (shortened), and have the colour of that point.
 
 # %%
 places = torch.cartesian_prod(*2 * [torch.linspace(-2, 2, 19)])
 predictions, field = {}, {}
 for t in (38, 25, 15, 4):
-    predictions[f"$t = {t}$"] = network(signal[t] * points + noise[t] * eps, t)
+    title = f"$t = {t}$"
+    predictions[title] = network(signal[t] * points + noise[t] * eps, t)
     x_0 = network(places, t)
-    field[f"$t = {t}$"] = places, x_0 - places, colours(x_0)
+    field[title] = places, x_0 - places, colours(x_0)
 
 # %%
 alt = "Predictions under less and less noise: a spot, a small disc, five lobes, the flower"
@@ -194,15 +195,15 @@ plot_points(predictions, arrows=field, colors=hues, limits=(-2.2, 2.2), point_si
 
 
 # %% [markdown]
-# Under much noise the prediction is the middle of the data. The less noise there is, the more of
-# the shape the network can make out.
+# Under heavy noise the prediction is close to the mean of the data. The less noise there is, the
+# more of the shape the network can make out.
 #
 # ## Idea 3: go back in small steps
 #
 # From pure noise, a single prediction lands in the middle. So we do not go all the way. Given
-# $x_t$, the prediction $\hat x_0$ also says which noise $\hat\epsilon$ has been added (solve the
-# formula of idea 1 for it). We mix both again for the *next lower* noise level, where the network
-# can make out a little more:
+# $x_t$, the prediction $\hat x_0$ also tells which noise $\hat\epsilon$ must have been added (solve
+# the formula of idea 1 for it). We mix the two again at the *next lower* noise level, where the
+# network can make out a little more:
 #
 # $$\hat\epsilon = \frac{x_t - \sqrt{\bar\alpha_t}\,\hat x_0}{\sqrt{1-\bar\alpha_t}}, \qquad
 # x_{t-1} = \sqrt{\bar\alpha_{t-1}}\,\hat x_0 + \sqrt{1-\bar\alpha_{t-1}}\,\hat\epsilon$$
@@ -227,9 +228,9 @@ plot_points(frames, colors=landed, limits=(-2.8, 2.8), point_size=2, alt=alt)
 
 
 # %% [markdown]
-# Noise has become a flower. Each point has the colour of the place where it *will* land, so the
-# first frame already tells the future: sampling is deterministic, and only $x_T$ is random. Move
-# the slider, or press play:
+# Noise has become a flower. Each point has the colour of the place where it *will* land. That is
+# settled in the first frame, because only $x_T$ is random: from there on, sampling is
+# deterministic. Move the slider, or press play:
 
 # %%
 def frame(step):
@@ -254,20 +255,21 @@ plot_points({"": path[-1]}, paths=path[:, :400], colors=landed, limits=(-2.5, 2.
 samples = {}
 for k in (40, 20, 8, 4, 1):
     coarse = generate(lambda x, t, k=k: network(x, k * t), x_T, signal[::k], noise[::k])
-    *_, (samples[f"{T // k} step{'s'[: k < T]}"], _) = coarse
-by_place = {name: colours(x) for name, x in samples.items()}
+    *_, (x, x_0) = coarse  # the last step's
+    samples[f"steps: {T // k}"] = x
+by_place = {title: colours(x) for title, x in samples.items()}
 alt = "Samples after 1, 2, 5, 10 and 40 steps: a spot in the middle grows into the flower"
 plot_points(samples, colors=by_place, limits=(-2.2, 2.2), columns=5, point_size=2, alt=alt)
 
 # %% [markdown]
-# A single step gives the middle, ten come close to forty. [05](05_sampling.ipynb) gets the most out
-# of few steps.
+# A single step gives the middle, ten come close to forty. [05](05_sampling.ipynb) gets more out of
+# few steps.
 #
 # ## The same five lines, with images
 #
-# Nothing in `generate` knows about points. Here is a network that learned from photographs of
-# flowers in the same way: a UNet that takes noisy images, the timestep and the species, and
-# predicts the clean images.
+# Nothing in `generate` is specific to points. Here is a network that was trained on photographs of
+# flowers in the same way. It takes noisy images, the timestep and the species, and predicts the
+# clean images.
 
 # %%
 flowers64 = PROFILES["flowers64"]
@@ -298,13 +300,14 @@ alt = "Four generated flowers: " + ", ".join(names)
 image_grid(states[-1][0], columns=4, scale=2, column_labels=names, alt=alt)
 
 # %% [markdown]
-# And the film of the first: above $x_t$, below what the network predicts at that moment. First a
-# blur, the mean of all flowers that are still possible; then shape, then detail, as in the plane.
+# The same for the first image, step by step: above $x_t$, below the network's prediction. At first
+# it is a blur, the mean of all sunflowers that are still possible; then shape appears, then detail,
+# as in the plane.
 
 # %%
 chosen = [0, 5, 14]
 rows = [[states[i][k][0] for i in chosen] for k in (0, 1)]
-steps = [f"{i + 1} step{'s'[: i > 0]}" for i in chosen]
+steps = [f"after step {i + 1}" for i in chosen]
 alt = "Three frames of sampling: noise above, the prediction below, first a blur, then a flower"
 filmstrip(rows, row_labels=["$x_t$", r"$\hat x_0$"], column_labels=steps, scale=2, alt=alt)
 
@@ -330,19 +333,20 @@ Explorer(by_name, species=widgets.Dropdown(options=species), seed=widgets.IntSli
 # | adding noise | `signal`, `noise` | [02](02_forward_process.ipynb): schedules, the posterior |
 # | the network | `Denoiser` | [03](03_unet.ipynb): the UNet and its position embeddings |
 # | the loss | `fit` | [04](04_training.ipynb): where it comes from; training on images |
-# | small steps back | `generate` | [05](05_sampling.ipynb): this one is DDIM; DDPM, faster ones |
+# | small steps back | `generate` | [05](05_sampling.ipynb): this is DDIM; DDPM; faster samplers |
 # | guidance | `guided` | [06](06_guidance.ipynb): where it comes from and what it costs |
-# | good samples? | looking | [07](07_evaluation.ipynb): distances between distributions |
+# | how good? | by eye | [07](07_evaluation.ipynb): distances between distributions |
 #
-# One difference in counting: the package follows the usual code and counts noisy timesteps from 0,
-# so its `t` is ours minus one. The whole path on one page is [test](test.ipynb).
+# One difference in counting: the package, like most code, counts noisy timesteps from 0, so its `t`
+# is ours minus one. [test](test.ipynb) has the whole path on one page.
 #
 # ## Exercises
 #
 # Write your answers into the cells below; the next cell checks them.
 #
 # 1. At which timestep $t$ of the first schedule are signal and noise equally strong?
-# 2. Many networks predict the noise instead. Given $x_t$, $t$ and the noise, what is $x_0$?
+# 2. Many networks predict the noise $\epsilon$ instead. Write `x_0_from_noise`: what is $x_0$,
+#    given $x_t$, $t$ and $\epsilon$?
 # 3. Replace `None` by points of your own, a tensor of shape (N, 2) with coordinates between -3 and
 #    3: two half moons, a spiral, your initials. The last cell then trains on them.
 

@@ -64,8 +64,8 @@ from noisout_nb.profiles import DATASETS, get_profile
 profile = get_profile()
 
 # %% [markdown]
-# A *profile* is the one place for all numbers that depend on your machine: which data, how large
-# the images, how long to train. The same notebooks run on a laptop and on a GPU.
+# A *profile* collects the settings that depend on your machine: which data, how large the images,
+# how long to train. The same notebooks run on a laptop and on a GPU.
 #
 # ## The embedded flowers
 #
@@ -79,7 +79,7 @@ flowers = garden.images[torch.cat(rows)]
 image_grid(flowers, columns=4, scale=2, row_labels=garden.classes, alt=alt)
 
 # %% [markdown]
-# The formula knows no pixels, so it gives any size. At 128 pixels:
+# The formula works at any resolution. At 128 pixels:
 
 # %% tags=["cover"]
 large = ProceduralFlowers(size=128, count=12, seed=5)
@@ -87,7 +87,7 @@ alt = "Six embedded flowers at 128 pixels, with shaded petals and soft backgroun
 image_grid(large.images[:6], columns=3, scale=1, alt=alt)
 
 # %% [markdown]
-# Behind each flower are numbers, its *factors*. We take one flower and change one factor at a time:
+# Each flower is determined by a few numbers, its *factors*. We change one of them at a time:
 
 # %%
 shown = ["radius", "petals", "hue", "tilt", "background_value"]
@@ -104,16 +104,15 @@ alt = "One flower four times: larger, with more petals, in other hues, tilted, b
 image_grid(torch.cat(rows), columns=4, scale=1, row_labels=shown, alt=alt)
 
 # %% [markdown]
-# This is what photographs cannot offer. Since we know the true distribution of the factors, we can
-# measure later whether a network has learned it.
+# Photographs come without known factors. Here we know their true distribution, so we can measure
+# later whether a network has learned it.
 #
 # ## The photographs
 #
 # For real flowers there is **Oxford Flowers102**: 8,189 photographs of 102 species, which
-# `load_data` downloads (345 MB) if the profile asks for them. The same cell shows whichever data
-# the profile names. The photographs belong to their photographers, so the stored outputs of this
-# series show embedded and generated flowers only; run it with `NOISOUT_PROFILE=flowers64` to see
-# them here.
+# `load_data` downloads (345 MB) if the profile asks for them. Their licence is unclear, so the
+# stored outputs of this series show embedded and generated flowers only. The next cell shows the
+# data of your profile: with `NOISOUT_PROFILE=flowers64` they appear here.
 
 # %%
 data = load_data(profile)
@@ -122,7 +121,7 @@ image_grid(data.images[:16], alt=f"The first sixteen training images: {DATASETS[
 
 # %% [markdown]
 # Until then, these give an idea of what the photographs are like. They are generated, by the
-# network in `models/` that learned from the photographs. How it does that is what the series is
+# network in `models/` that was trained on the photographs. How it does that is what the series is
 # about.
 
 # %%
@@ -144,8 +143,8 @@ print(f"given:  {image.dtype}, shape {tuple(image.shape)}, a {data.classes[label
 # %% [markdown]
 # ## From pixels to $[-1, 1]$
 #
-# Diffusion mixes images with Gaussian noise, which is centred on 0 and spread over about 1. So are
-# the images, once their 256 levels are mapped to $[-1, 1]$:
+# Diffusion mixes images with Gaussian noise of mean 0 and variance 1. Pixels should be on the same
+# scale, so their 256 levels are mapped to $[-1, 1]$:
 
 # %%
 def my_to_float(pixels):
@@ -164,8 +163,9 @@ alt = "Pixel values lie between -1 and 1, most of them dark; the noise's bell is
 plot_histograms({"pixels": pixels}, curves=bell, x_label="value", size=(720, 260), alt=alt)
 
 # %% [markdown]
-# On the way back, values must be *rounded*. A cast to `uint8` truncates, which makes every
-# generated image darker. In grey levels, on average:
+# The scales agree; most pixels are darker than mid-grey, 0. On the way back, values must be
+# *rounded*. A cast to `uint8` truncates, which makes every generated image darker. In grey levels,
+# on average:
 
 # %%
 exact = 255 * torch.rand(100_000, generator=torch.Generator().manual_seed(0))
@@ -188,10 +188,9 @@ alt = "A flower squashed to half its width, and the same flower cropped in its t
 image_grid([squashed, cropped], columns=2, scale=2, column_labels=["squashed", "cropped"], alt=alt)
 
 # %% [markdown]
-# A network trained on squashed flowers generates squashed flowers. And shrinking holds a trap of
-# its own. If an image has finer detail than the small one can hold, picking single pixels turns it
-# into patterns that were never there: *aliasing*. A test pattern shows it, a flower suffers from
-# it:
+# A network trained on squashed flowers generates squashed flowers. Shrinking has a trap of its own:
+# detail too fine for the small image turns into patterns that were never there if single pixels are
+# picked. This is *aliasing*. It is plain in a test pattern, and spoils the edges of a flower:
 
 # %%
 axis = torch.linspace(-1, 1, 512)
@@ -214,16 +213,17 @@ image_grid(images, columns=4, scale=1, column_labels=names, alt=alt)
 
 
 # %% [markdown]
-# Only the last column is an honest small image; a network would learn the jags of the others as if
-# they were flowers. `resize_and_crop` antialiases. (Many resizing functions still leave it off by
-# default; `F.interpolate` above is one.)
+# Only the last column is faithful; from the others a network would learn jagged petals.
+# `resize_and_crop` antialiases. (Many resizing functions do not by default, `F.interpolate` above
+# among them.)
 #
 # ## Your own images
 #
 # The series runs on any folder of images: set `NOISOUT_DATA=path/to/images` and
 # `NOISOUT_PROFILE=folder`, and the notebooks and `python -m noisout_nb train` learn from them. Each
-# subfolder is a class. Until you name a folder, this cell makes one, with files as they lie around
-# on disks: wide and tall, with a palette, in print colours, transparent, grey, turned by a camera.
+# subfolder is a class. Until you name a folder, this cell makes one with the kinds of files that
+# real folders hold: wide and tall, with a palette, in print colours (CMYK), transparent, grey,
+# rotated by EXIF.
 
 # %%
 def save_mixed(folder):
@@ -233,7 +233,7 @@ def save_mixed(folder):
         image = to_pil_image(large.images[i])
         wide, tall = image.crop((0, 14, 128, 114)), image.crop((14, 0, 114, 128))
         turned = image.getexif()
-        turned[0x0112] = 6  # EXIF's "the camera was held upright": to be shown turned by 90 degrees
+        turned[0x0112] = 6  # EXIF's orientation: to be shown turned by 90 degrees
         kind = i % 6
         if kind == 0:
             wide.save(path / f"{i} wide.bmp")
@@ -267,15 +267,15 @@ alt = "Images read from the folder: upright, square and in RGB"
 image_grid(own.images[:6], columns=3, scale=2, alt=alt)
 
 # %% [markdown]
-# Whatever the format, out comes an upright RGB image of one size. Files that cannot be read are
-# named and left out.
+# Whatever the format, the result is an upright RGB image of one size. Files that cannot be read are
+# reported and left out.
 #
 # ## What is held out
 #
 # A network that memorised its training images would pass every test on them. So some images are
-# *held out*: all evaluation uses these, and the network never sees them. Of Flowers102 these are
-# the 1,020 images of its validation split, of the embedded flowers 512 with a seed of their own, of
-# a folder about one image in eight, chosen by a hash of its name.
+# *held out*: all evaluation uses these, and the network is never trained on them. Of Flowers102
+# they are the 1,020 images of its validation split, of the embedded flowers 512 with another seed,
+# of a folder about one image in eight, chosen by a hash of its name.
 
 # %%
 held_out = load_data(profile, "val")
@@ -286,8 +286,9 @@ print(f"{len(data):,} to learn from, {len(held_out):,} held out, in both: {share
 # %% [markdown]
 # ## When an image may be flipped
 #
-# If a mirrored image is as likely as the image itself, flipping at random doubles the data. Is it?
-# We compare the mean of all training images with its mirror image:
+# If a mirrored image is as likely as the image itself, random flips double the data. Is it? We
+# compare the mean of all training images with its mirror image. In the difference, grey means
+# equal:
 
 # %%
 mean = to_float(data.images).mean(0)
@@ -301,16 +302,16 @@ image_grid(shown, columns=3, scale=4, column_labels=labels, alt=alt)
 print(f"profile {profile.name!r} flips: {profile.flip}")
 
 # %% [markdown]
-# The embedded flowers are lit from the left, so a flipped one would be a lie: `flip` is off. Nobody
-# arranged the sun for the photographs: there it is on. Upside down is never right: light comes from
-# above.
+# The embedded flowers are lit from the left, so a mirrored one is not in their distribution: `flip`
+# is off. In photographs the light comes from either side: there it is on. A vertical flip is never
+# right, since light comes from above.
 #
 # ## Are two sets of images alike?
 #
-# In the end we shall ask whether generated flowers are like real ones; not each for itself, but as
-# a set. `measure_factors` looks at pixels only. Where the colour is far from that of the border,
-# there is the flower: this gives its size and colour, and the background's brightness. Since the
-# true factors are known, we can see whether the measurement is any good:
+# Later we shall ask whether generated flowers are like real ones, not one by one, but as a
+# set. `measure_factors` sees the pixels only, and takes those whose colour is far from the border's
+# for the flower. This gives its size and colour, and the background's brightness. Since the true
+# factors are known, we can see whether the measurement is any good:
 
 # %%
 measured = measure_factors(to_float(garden.images))
@@ -326,12 +327,14 @@ pairs = {
 names = ["grey", "firebrick", "cornflowerblue", "orchid", "orange", "rebeccapurple"]
 species = torch.tensor([to_rgb(name) for name in names])[garden.labels]
 alt = "Background and size rise with the known factors; the colours form a cluster per species"
-plot_points(pairs, colors=species, point_size=6, x_label="known", y_label="measured", alt=alt)
+label = "known factor"
+plot_points(pairs, colors=species, point_size=6, x_label=label, y_label="measured", alt=alt)
 
 # %% [markdown]
-# Each species has its colour in the figure. The background's brightness is measured closely. The
-# size follows the radius, spread by the tilt and by the shapes of the petals. The hue, an angle
-# that jumps from 1 to 0 at red, becomes two numbers without a jump. The grey points are daisies.
+# Each species has its colour in the figure; grey are the daisies. The background's brightness is
+# measured closely. The size follows the radius, spread by the tilt and by the shapes of the petals.
+# The hue is an angle that jumps from 1 to 0 at red; measured as two numbers, red minus green and
+# yellow minus blue, it does not jump.
 
 # %%
 for name in ("background", "size"):
@@ -339,13 +342,13 @@ for name in ("background", "size"):
     print(f"correlation of {name}: {float(torch.corrcoef(torch.stack([x, y]))[0, 1]):.2f}")
 
 # %% [markdown]
-# One number per image makes a distribution per set. Two halves of the garden agree, noise is
-# elsewhere:
+# One number per image makes a distribution per set of images. Two halves of our 600 flowers agree,
+# noise is far away:
 
 # %%
 half, other = to_float(garden.images[:300]), to_float(garden.images[300:])
 noise = torch.randn(300, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-sets = {"half of the garden": half, "other half": other, "noise": noise}
+sets = {"one half of the flowers": half, "other half": other, "noise": noise}
 
 # %%
 sizes = {name: measure_factors(images)["size"] for name, images in sets.items()}
@@ -354,19 +357,19 @@ alt = "Histograms of the flower's size: the two halves overlap, noise stands apa
 plot_histograms(sizes, x_label=label, bins=40, size=(720, 260), alt=alt)
 
 # %% [markdown]
-# `factor_distance` turns this into numbers: how far the sorted values of one set must move to
-# become those of the other (the Wasserstein distance), in units of their standard deviation.
+# `factor_distance` turns this into numbers: how far, on average, the sorted values of one set must
+# move to become those of the other (the *Wasserstein distance*), in standard deviations.
 
 # %%
 floor, far = factor_distance(other, half), factor_distance(noise, half)
 bars = {"other half": floor, "noise": far}
-label = "distance to half of the garden"
-alt = "Distance in each factor, log axis: the other half near 0.1, noise over ten times as far"
-plot_bars(bars, log_y=True, y_label=label, alt=alt)
+alt = "Distance in each factor: the other half near 0.1, noise over ten times as far"
+plot_bars(bars, y_label="distance to the first half", alt=alt)
 
 # %% [markdown]
-# Two real sets are never at distance 0: what is left is chance, and no generator of as many images
-# can be expected to do better. [07_evaluation](07_evaluation.ipynb) builds on this.
+# Two finite sets of real images are never at distance 0: what is left is chance, and with as many
+# samples no generator can be expected to do better. [07_evaluation](07_evaluation.ipynb) builds on
+# this.
 #
 # ## Exercises
 #

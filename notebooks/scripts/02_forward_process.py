@@ -20,7 +20,7 @@
 # out what it takes to go one step back, and generate first flowers without any network.
 #
 # **What you'll learn**: why each step shrinks the image as well as adding noise, what a noise
-# schedule is and how to judge one, why $\epsilon$, $x_0$ and $v$ are three names for one thing and
+# schedule is and how to judge one, why $\epsilon$, $x_0$ and $v$ carry the same information and
 # which of them to predict, and where the formulas of the reverse process come from.
 #
 # **What you need**: notebook 01 and the normal distribution. Reading takes about half an hour,
@@ -60,13 +60,14 @@ scale = 128 // profile.image_size  # images are shown at 128 pixels
 # %% [markdown]
 # ## The idea
 #
-# Generating a flower is hard. Ruining one is easy: add noise. If the noise comes in steps that are
-# small enough, each single step can nearly be undone by someone who knows what flowers look like.
-# So a network only has to learn many small, easy reversals, and together they lead from pure noise
-# to a flower.
+# Generating a flower is hard. Destroying one is easy: add noise. If the noise comes in small enough
+# steps, each single step can nearly be undone by someone who knows what flowers look like. So a
+# network only has to learn many small, easy reversals, and together they lead from pure noise to a
+# flower.
 #
-# This notebook is about the ruining, the *forward process*. Nothing is learned here: everything is
-# known in closed form, which is why training (notebook 04) will be simple. This is the flower:
+# This notebook is about the destruction, the *forward process*: idea 1 of notebook 00, now on
+# images and with its derivation. Nothing is learned here; everything is known in closed form, which
+# is why training (notebook 04) will be simple. This is the flower:
 
 # %%
 flowers = torch.stack([image for image, _ in load_data(profile, "val")])
@@ -83,10 +84,10 @@ image_grid(flower, scale=scale, alt="One flower, sharp and clean")
 # The $\beta_t$ are small numbers chosen in advance. Ho et al. let them rise linearly from 0.0001 to
 # 0.02 over $T = 1000$ steps.
 #
-# **A word on counting.** The papers call the clean image $x_0$ and the noisy ones
-# $x_1, \dots, x_T$. Code counts from zero, so `t = 0` is the *first noisy* step (the papers'
-# $t = 1$) and `t = T - 1` the last. In this series $x_0$ always means the clean image, never the
-# image at `t = 0`.
+# **A word on counting.** The papers, and notebook 00, call the clean image $x_0$ and the noisy ones
+# $x_1, \dots, x_T$. Code counts from zero, so from here on `t = 0` is the *first noisy* step (the
+# papers' $t = 1$) and `t = T - 1` the last. $x_0$ always means the clean image, never the image at
+# `t = 0`.
 
 # %%
 T = 1000
@@ -110,7 +111,7 @@ image_grid(
 # %% [markdown]
 # ## The film
 #
-# Now the flower goes through all thousand steps, one after the other. We keep a few of the frames.
+# Now the flower goes through all thousand steps, one after the other. We keep a few frames.
 
 # %% tags=["cover"]
 shown = [0, 19, 49, 99, 199, 299, 499, 999]
@@ -129,14 +130,14 @@ filmstrip(
 )
 
 # %% [markdown]
-# Look at neighbouring frames: details go first, large shapes and colours last. A network that walks
-# back will therefore settle the large shapes first and fill in the details at the end.
+# Compare neighbouring frames: details go first, large shapes and colours last. On the way back a
+# network will therefore settle the large shapes first and the details at the end.
 #
 # Why shrink at all? Variances add up: without the shrinking, the variance would grow with every
-# step, and the network would have to cope with ever larger numbers. With it, a variance $\sigma^2$
-# turns into $(1-\beta_t)\,\sigma^2 + \beta_t$, and if $\sigma^2 = 1$ that is 1 again. Such a
-# process is called *variance preserving*. Here 20,000 numbers of variance 1 go through all steps,
-# with and without the shrinking.
+# step, and the network would have to cope with ever larger numbers. With it, a variance $V$ turns
+# into $(1-\beta_t)\,V + \beta_t$, and if $V = 1$ that is 1 again. Such a process is called
+# *variance preserving*. Here 20,000 numbers of variance 1 go through all steps, with and without
+# the shrinking.
 
 # %%
 kept = grown = torch.randn(20_000, generator=generator)
@@ -158,8 +159,8 @@ plot_lines(
 )
 
 # %% [markdown]
-# An image has less variance than 1, since its values lie in $[-1, 1]$, but whatever the start, the
-# end is the same: mean 0 and variance 1. This is the flower's own path:
+# An image has less variance than 1, since its values lie in $[-1, 1]$, but wherever it starts, it
+# ends at mean 0 and variance 1. For our flower:
 
 # %%
 for name, frame in zip(["x_0", *(f"t = {t}" for t in shown)], frames, strict=True):
@@ -201,7 +202,7 @@ for t in (0, 99, 299, 999):
 
 # %% [markdown]
 # Is the jump the same as the walk? We send 20,000 copies of one bright pixel, $x_0 = 0.8$, through
-# the walk, and draw over their histograms the normal densities that eq. 4 promises.
+# the walk, and plot the normal densities of eq. 4 over their histograms.
 
 # %%
 stops = [49, 249, 999]
@@ -270,8 +271,8 @@ image_grid(
 # $$\text{SNR}_t = \frac{\bar\alpha_t}{1-\bar\alpha_t}$$
 #
 # Nichol & Dhariwal (2021) found that the linear schedule destroys images too early: its last third
-# is almost pure noise, and steps spent there teach little. In their *cosine* schedule
-# $\bar\alpha_t$ falls along a squared cosine (eq. 17):
+# is almost pure noise, and steps spent there contribute little. In their *cosine* schedule
+# $\bar\alpha_t$ falls along a squared cosine (their eq. 17), as in notebook 00:
 #
 # $$\bar\alpha_t = \frac{f(t)}{f(0)}, \qquad
 # f(t) = \cos^2\!\left(\frac{t/T + s}{1 + s}\cdot\frac{\pi}{2}\right), \quad s = 0.008$$
@@ -334,20 +335,20 @@ filmstrip(
 # Papers name the same noise level in different ways. Divide $x_t$ by $\sqrt{\bar\alpha_t}$ and it
 # reads $x_0 + \sigma_t\,\epsilon$: the clean image plus noise of standard deviation
 # $\sigma_t = \sqrt{(1-\bar\alpha_t)/\bar\alpha_t}$. This is the view of Karras et al. (2022).
-# Kingma et al. (2021) use the logarithm, $\lambda_t = \log \text{SNR}_t = -2\log\sigma_t$. All of
-# them say how noisy an image is without mentioning $t$ or a schedule.
+# Kingma et al. (2021) use the log-SNR, $\log \text{SNR}_t = -2\log\sigma_t$. All of them say how
+# noisy an image is without mentioning $t$ or a schedule.
 
 # %%
 print("  t   alpha_bar       SNR   sigma   log-SNR")
 for t in (0, 99, 499, 899, 989):
-    a = cosine.exact_alphas_cumprod[t]
+    a = cosine.exact_alphas_cumprod[t]  # in float64
     ratio = a / (1 - a)
     print(f"{t:3} {a:11.5f} {ratio:9.3g} {ratio**-0.5:7.3f} {ratio.log():9.2f}")
 
 # %% [markdown]
-# In this view a schedule only says *how many of the steps are spent at which noise level*. A
-# histogram of the log-SNR over all $t$ shows it; $\log\text{SNR} = 0$ is where signal and noise are
-# equally strong.
+# In this view a schedule only says *how many steps are spent at which noise level*. A histogram of
+# the log-SNR over all $t$ shows it; $\log\text{SNR} = 0$ is where signal and noise are equally
+# strong.
 
 # %%
 snr = {name: p.signal_to_noise_ratio(torch.arange(T)) for name, p in processes.items()}
@@ -365,8 +366,8 @@ plot_histograms(
 # at a log-SNR below -4, where next to nothing is left of the flower. The cosine schedule spends as
 # many steps on either side of 0, and most of them near it.
 #
-# Now you: move $t$ (drag, or use the arrow keys) and change the schedule. Where does the flower
-# drown, and what is the SNR there?
+# Now you: move $t$ (drag, or use the arrow keys) and change the schedule. At which $t$ do you lose
+# the flower, and what is the SNR there?
 
 # %%
 curves = plot_lines(
@@ -396,9 +397,8 @@ Explorer(
 # %% [markdown]
 # ## Why ten steps do not reach noise
 #
-# A thousand steps are many. What if we take the same betas, from 0.0001 to 0.02, but only ten of
-# them? One number tells whether a schedule is usable: $\bar\alpha_T$, what is left of the signal at
-# the end.
+# A thousand steps are many. What if we take only ten, with betas from 0.0001 to 0.02 as before? One
+# number tells whether a schedule is usable: $\bar\alpha_T$, what is left of the signal at the end.
 
 # %%
 ten_small = GaussianDiffusion(torch.linspace(1e-4, 0.02, 10))
@@ -417,16 +417,15 @@ image_grid(
 )
 
 # %% [markdown]
-# After ten small steps $\sqrt{0.90} = 95\,\%$ of the flower's amplitude is left. A network trained
-# on that would know the image in the middle as "the noisiest there is", yet sampling would start
-# from the one on the right, which it has never seen. At the end of this notebook we watch that go
-# wrong.
+# After ten small steps $\sqrt{0.90} = 95\,\%$ of the flower's amplitude is left. For a network
+# trained on that, the image in the middle is as noisy as images get, yet sampling would start from
+# the one on the right, which it has never seen. At the end of this notebook we watch that go wrong.
 #
 # Fewer steps must be *larger* steps. The best way keeps the fine process and visits only some of
-# its timesteps: `respace(10)` makes a process of ten steps whose betas lead from one kept
-# $\bar\alpha$ to the next, $\beta = 1 - \bar\alpha_t / \bar\alpha_{\text{previous}}$. A network
-# trained with 1000 steps can be sampled with ten in this way, because it is still told the original
-# $t$.
+# its timesteps, as we did for images in notebook 00: `respace(10)` makes a process of ten steps
+# whose betas lead from one kept $\bar\alpha$ to the next,
+# $\beta = 1 - \bar\alpha_t / \bar\alpha_{\text{previous}}$. A network trained with 1000 steps can
+# be sampled with ten in this way, because it is still told the original $t$.
 
 # %%
 ten = linear.respace(10)
@@ -435,7 +434,7 @@ print("their betas:   ", *(f"{beta:.2f}" for beta in ten.betas))
 print(f"alpha_bar_T = {ten.exact_alphas_cumprod[-1]:.1e}, as with all 1000 steps")
 
 # %% [markdown]
-# ## Three names for one thing
+# ## Three targets
 #
 # Given $x_t$ and $\epsilon$, the clean image is determined: solve
 # $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ for $x_0$. So a network may be
@@ -467,10 +466,10 @@ filmstrip(
 )
 
 # %% [markdown]
-# Four rows of the same information: with the input in hand, any one target gives the others. The
-# difference is what an error of the network does. An error in $\epsilon$ becomes an error in $x_0$
-# that is $\sqrt{(1-\bar\alpha_t)/\bar\alpha_t} = \sigma_t$ times as large, an error in $v$ one that
-# is $\sqrt{1-\bar\alpha_t}$ times as large, and an error in $x_0$ stays what it is.
+# Given the input, any one target gives the other two. What differs is the effect of the network's
+# errors. An error in $\epsilon$ becomes an error in $x_0$ that is
+# $\sqrt{(1-\bar\alpha_t)/\bar\alpha_t} = \sigma_t$ times as large, an error in $v$ one that is
+# $\sqrt{1-\bar\alpha_t}$ times as large, and an error in $x_0$ stays what it is.
 
 # %%
 errors = {f"$\\epsilon$, {name}": values.rsqrt() for name, values in snr.items()}
@@ -487,16 +486,16 @@ plot_lines(
 
 # %% [markdown]
 # Large as they are, these factors alone do not spoil samples, since one step moves only a small
-# part of the way towards the predicted $x_0$. We come back to that below, when we know what a step
-# is.
+# part of the way towards the predicted $x_0$. We come back to that below, once we know what a step
+# back is.
 #
 # ### What the series predicts
 #
 # Ho et al. predict $\epsilon$, and it works well for wide networks. But noise has no structure: a
 # network that predicts it has to carry every one of its numbers from input to output. An image is
-# different. It lies near a surface of few dimensions, so a network can say what it is with far
-# fewer numbers. We ask how much of each fits into 100 numbers, the first 100 principal components
-# of 400 flowers, and measure on images that were not among those.
+# different. It lies near a manifold of few dimensions, so far fewer numbers suffice to describe it.
+# How much of each fits into 100 numbers? We take the first 100 principal components of 400 flowers,
+# and measure on images that were not among those.
 
 # %%
 seen, unseen = flowers[:400], flowers[400:]
@@ -517,20 +516,20 @@ print(
 
 # %% [markdown]
 # Our networks cut images into patches and have few channels. To predict the noise they would have
-# to pass all of it through their narrow places; the flower goes through easily. So the series
-# predicts $x_0$. (Li & He 2025, "Back to Basics: Let Denoising Generative Models Denoise", make
-# this argument at scale; notebook 03 shows it on patches, and 04 compares all three.)
+# to pass all of it through these few channels; the flower fits easily. So the series predicts
+# $x_0$. (Li & He 2025, "Back to Basics: Let Denoising Generative Models Denoise", make this
+# argument at scale; notebook 03 shows it on patches, and 04 compares all three.)
 #
-# ### The loss counts noise levels
+# ### One error, several weights
 #
 # Predicting $x_0$ does not commit us to the plain squared error of $x_0$. Subtract a prediction
-# from its target and the conversions above give
+# from its target, and the conversions above give
 #
 # $$\|\epsilon - \hat\epsilon\|^2 = \text{SNR}_t\,\|x_0 - \hat x_0\|^2, \qquad
 # \|v - \hat v\|^2 = (\text{SNR}_t + 1)\,\|x_0 - \hat x_0\|^2$$
 #
-# so the three losses differ only in how much each noise level counts. We spoil $x_0$ a little and
-# compare:
+# so the three losses differ only in how much each noise level counts. We check it with a prediction
+# of $x_0$ that is off by a little noise:
 
 # %%
 wrong = x_0 + 0.1 * torch.randn(x_0.shape, generator=generator)
@@ -568,16 +567,18 @@ plot_lines(
 
 
 # %% [markdown]
-# The loss in $\epsilon$ hardly counts the noisy end, where the composition is decided, and counts
-# the clean end without bound. The plain loss in $x_0$ counts everything alike, so fine details,
-# whose errors are small numbers, are neglected. Loss in $v$ is a compromise. Min-SNR (Hang et al.
-# 2023) caps the weight. Our profiles predict $x_0$ and weight its error by SNR + 1, as the loss in
-# $v$ would, with a cap.
+# The loss in $\epsilon$ hardly counts the noisy end, where the composition is decided, and its
+# weight grows without bound at the clean end. The plain loss in $x_0$ weights all levels equally,
+# which neglects fine details, whose errors are small numbers. The loss in $v$ is a compromise.
+# Min-SNR (Hang et al. 2023) caps the weight. Our profiles predict $x_0$ and weight its error by
+# $\text{SNR}_t + 1 = 1/(1-\bar\alpha_t)$, as the loss in $v$ does and as notebook 00 did, with a
+# cap.
 #
 # ## One step back
 #
-# What does it take to undo a single step? If we knew $x_0$, we could say exactly how $x_{t-1}$ is
-# distributed, because two facts about it are known:
+# Undoing a step means sampling from $q(x_{t-1} \mid x_t)$. If $\beta_t$ is small, that is nearly a
+# Gaussian, but its mean depends on all the images that $x_t$ may have come from. Given $x_0$ as
+# well, it is exactly a Gaussian, and we can compute it from two facts about $x_{t-1}$:
 #
 # - *from the past*: it was made from $x_0$ by the jump, so it follows
 #   $\mathcal{N}(\sqrt{\bar\alpha_{t-1}}\,x_0,\ 1-\bar\alpha_{t-1})$;
@@ -609,9 +610,9 @@ for name, (mean, var) in {"by hand": mine, "package": theirs}.items():
 # \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t, \qquad
 # \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t$$
 #
-# Derivations can be wrong, so we also try it out. A million pixels start at $x_0 = 0.5$, jump to
-# `t = 1` of the ten large steps and take one more step. Of all that arrive near $-0.8$: where had
-# they been?
+# Derivations can be wrong, so we also simulate it. A million pixels start at $x_0 = 0.5$, jump to
+# `t = 1` of the ten large steps and take one more step. Where had those been that arrive near
+# $-0.8$?
 
 # %%
 before = 0.5 * a.sqrt() + (1 - a).sqrt() * torch.randn(1_000_000, generator=generator)
@@ -626,7 +627,7 @@ views = {
     "both: eqs. 6 and 7": density(narrow, *mine),
 }
 plot_histograms(
-    {"tried out": origin},
+    {"simulated": origin},
     x_label="value of the pixel at t = 1, given that it is -0.8 at t = 2",
     curves={name: (narrow, values) for name, values in views.items()},
     alt="The histogram of pixels that arrive at -0.8 lies just under the density of eqs. 6 and 7, "
@@ -664,11 +665,11 @@ for name, p in processes.items():
 
 # %% [markdown]
 # With Ho et al.'s thousand linear steps an error in $\epsilon$ is harmless: a factor of 0.02,
-# although it was 157 for $x_0$. It is the cosine schedule's clamped last step, and any schedule
-# sampled in few steps, that turn it into a problem. Errors in $v$ and $x_0$ are never amplified. In
-# practice samplers also clamp the predicted $x_0$ to $[-1, 1]$, which repairs the worst.
+# although the one for $x_0$ was 157. It becomes a problem with the cosine schedule's clamped last
+# step, and with few steps under any schedule. Errors in $v$ and $x_0$ are not amplified. In
+# practice samplers also clamp the predicted $x_0$ to $[-1, 1]$, which prevents the worst.
 #
-# ## A rehearsal without a network
+# ## Samples without a network
 #
 # We can already run the whole process backwards if we pretend that flowers are *Gaussian*: a mean
 # image, and the variances along the 100 principal components that we found above. For such data the
@@ -686,7 +687,7 @@ def gaussian_prediction(x_t, a):
     return centre + (deviation * gain @ directions).view_as(x_t)
 
 
-x_t = films[0]
+x_t = films[0]  # the flower under the linear schedule
 predicted = [
     gaussian_prediction(x[None], a)[0]
     for x, a in zip(x_t, linear.alphas_cumprod[columns], strict=True)
@@ -702,9 +703,9 @@ filmstrip(
 
 # %% [markdown]
 # The noisier the input, the vaguer the prediction, until it is the average flower. That is not a
-# weakness of the Gaussian: the best prediction of something uncertain is an average. Sampling gets
-# sharper images all the same, since it predicts, goes one step back with eqs. 6 and 7, and predicts
-# again.
+# weakness of the Gaussian: as in notebook 00, the best prediction of something uncertain is an
+# average. Sampling gives sharper images all the same, since it predicts, goes one step back with
+# eqs. 6 and 7, and predicts again.
 
 # %%
 def walk_back(process, x):
@@ -722,16 +723,16 @@ samples = {name: walk_back(p, start) for name, p in walks.items()}
 filmstrip(
     [x[:6] for x in samples.values()],
     row_labels=samples,
-    alt="Six samples each: blurred but colourful flowers on dark green from 1000 steps, softer "
-    "ones from 10 of them; grey speckled discs from the 10 small steps",
+    alt="Six samples each: flowers in bright mixed colours with frayed edges from 1000 steps, "
+    "paler ones from 10 of them; speckled flowers on grey from the 10 small steps",
 )
 
 # %% [markdown]
-# The first row is as good as "Gaussian flowers" can be: blurred shapes, but with a flower's place,
-# colours and background. The second takes only ten steps, but ten that reach noise: softer, still
-# flowers. The third has the same perfect knowledge of the Gaussian and the same starting noise. But
-# its ten small steps never reach noise, so it expects an $x_T$ that is 95 % flower, looks for one
-# in the noise, and keeps what it finds. Even the brightness is wrong:
+# The first row is as good as "Gaussian flowers" can be: place and background are a flower's, but
+# colours of several species mix and the petals fray. The second takes only ten steps, but ten that
+# reach noise: paler, still flowers. The third has the same perfect knowledge of the Gaussian and
+# the same starting noise. But its ten small steps never reach noise, so it expects an $x_T$ that is
+# 95 % flower, and takes the noise for one. Even the brightness is wrong:
 
 # %%
 print(f"mean of the flowers: {flowers.mean():.2f}")
@@ -743,12 +744,12 @@ for name, x in samples.items():
 #
 # - A step shrinks and adds noise, so that variance 1 stays 1; all steps together are one jump (eq.
 #   4).
-# - A schedule distributes the steps over noise levels, and must end in noise:
+# - A schedule distributes the steps over noise levels, and must end in noise: say,
 #   $\bar\alpha_T < 10^{-3}$.
 # - $\epsilon$, $x_0$ and $v$ carry the same information; their losses differ by a weight, a
 #   function of the SNR. This series predicts $x_0$.
 # - Given $x_0$, the step back is exact: two normal densities multiplied (eqs. 6 and 7). In place of
-#   $x_0$ a sampler uses a prediction, and even a Gaussian's prediction gives flowers of sorts.
+#   $x_0$ a sampler uses a prediction; even a Gaussian's gives something like flowers.
 #
 # Notebook 03 builds the network that makes a better prediction, and 04 trains it.
 #
@@ -832,9 +833,9 @@ check("exercise 3", factor, 4, tolerance=0.5, hint="What is the variance of a me
 # factor = cosine.sqrt_one_minus_alphas_cumprod[499] ** 2 / remaining.var()
 # ```
 #
-# The same `t` is easier in a larger image, because neighbouring pixels tell of each other. A
-# schedule that is right for 32 x 32 pixels destroys too little at 256 x 256; Hoogeboom et al. 2023,
-# "simple diffusion", shift the SNR by just this factor.
+# The same `t` is easier in a larger image, because neighbouring pixels carry the same information.
+# A schedule that is right for 32 x 32 pixels destroys too little at 256 x 256; Hoogeboom et al.
+# 2023, "simple diffusion", shift the SNR by just this factor.
 # </details>
 #
 # **4. Sixteen bits.** GPUs run networks in bfloat16, which has 8 significant bits. If the table

@@ -20,8 +20,8 @@
 # flowers with it.
 #
 # **What you'll learn**: how a network is told the timestep, what keeps a deep stack of blocks
-# stable, how distant parts of an image exchange information, why patches go together with
-# predicting $x_0$, and where parameters and computing time go.
+# stable, how distant parts of an image exchange information, why patches suit the prediction of
+# $x_0$, and where parameters and computing time go.
 #
 # **What you need**: notebook 02 and some PyTorch (convolutions, modules). Half a minute on two CPU
 # cores.
@@ -78,11 +78,11 @@ profile = get_profile()
 # %% [markdown]
 # ## The job
 #
-# Sampling calls the network again and again with the same request: *given a noisy image $x_t$, the
-# timestep $t$ and perhaps a label $y$, predict the clean image $x_0$*. We begin at the end, with a
-# network that has learned it: the repository ships weights trained on photographs of flowers (64 x
-# 64 pixels). Here it generates a sunflower; then we add noise to that sunflower and ask for it
-# back.
+# The network does what the `Denoiser` of notebook 00 did: *given a noisy image $x_t$, the timestep
+# $t$ and perhaps a label $y$, predict the clean image $x_0$*. We begin at the end, with a network
+# that has learned it: the repository ships weights trained on photographs of flowers (64 x 64
+# pixels). It generates a sunflower; then we add noise to that sunflower and let the network predict
+# the clean image again.
 
 # %%
 trained, process, classes = load_pretrained(PROFILES["flowers64"])
@@ -105,15 +105,15 @@ filmstrip(
 
 # %% [markdown]
 # Input and output have the same shape, (3, H, W), and the network must do two things at once: see
-# the whole (is there a flower, and where is its centre?) and keep every pixel in its place. A
-# **UNet** does both. It halves the resolution again and again to see the whole, doubles it back,
-# and carries the details across by *skip connections*.
+# the whole (is there a flower, and where is its centre?) and keep every detail in its place. A
+# **UNet** does both. It halves the resolution several times to see the whole, doubles it again as
+# often, and passes the details across by *skip connections*.
 #
 # ## The map
 #
-# This is the network of our profile, drawn from the network itself. Each box is a layer, with its
-# number of output channels; each row is one resolution. (The first row has half the side of the
-# image: the image is cut into patches of 2 x 2 pixels first, which we come to below.)
+# This is the network of our profile. Each box is a layer or block, with its number of output
+# channels; each row is one resolution. (The first row has half the side of the image: the image is
+# cut into patches of 2 x 2 pixels first, which we come to below.)
 
 # %% tags=["cover"]
 model = UNet(**profile.network, num_classes=6)
@@ -131,9 +131,9 @@ draw_unet(model)
 # ## Position embeddings: which timestep?
 #
 # An integer $t$ has to become something that a network can use. A single number will hardly do:
-# scaled to $[0, 1]$, the timesteps $t = 3$ and $t = 4$ would differ by a thousandth. The usual
-# solution is older than diffusion (Vaswani et al. 2017): sines and cosines of many frequencies,
-# from 1 radian per timestep down to one ten-thousandth,
+# scaled to $[0, 1]$, the timesteps $t = 3$ and $t = 4$ would differ by a thousandth. As in
+# notebook 00 we use sines and cosines of many frequencies, here those of the transformer (Vaswani
+# et al. 2017), from 1 radian per timestep down to one ten-thousandth,
 #
 # $$\text{emb}(t) = [\sin \omega_0 t, \dots, \sin \omega_k t,\
 # \cos \omega_0 t, \dots, \cos \omega_k t], \qquad \omega_i = 10000^{-i/k}$$
@@ -163,7 +163,7 @@ Picture.from_figure(
 )
 
 # %% [markdown]
-# The fast channels tell neighbours apart, the slow ones say roughly where we are. How similar are
+# The fast channels tell neighbours apart, the slow ones give the rough position. How similar are
 # two timesteps? Since $\sin a \sin b + \cos a \cos b = \cos(a - b)$, the similarity depends only on
 # the distance between them:
 
@@ -180,17 +180,17 @@ plot_lines(
 
 
 # %% [markdown]
-# Neighbours are alike, which is what the network needs: it should behave alike at $t = 500$ and
+# Neighbours are alike, which is what the network needs: it should do much the same at $t = 500$ and
 # $t = 501$. Beyond a hundred timesteps or so the curve is mostly ripple: $t = 990$ is about as
-# similar to 500 as $t = 600$ is. So the embedding says "near" well and "how far" badly. Working out
-# what a timestep means is left to the layers that follow.
+# similar to 500 as $t = 600$ is. So the embedding shows well which timesteps are close, but not how
+# far away the others are. The layers that follow must learn what a timestep means.
 #
 # ## The residual block
 #
 # Most of the network is one kind of block: norm, SiLU, conv, twice, and the result is *added* to
 # the input. The embedding enters in the middle. A linear layer turns it into a *scale* and a
 # *shift* for each channel; Dhariwal & Nichol (2021, sec. 3) call this adaptive group normalisation.
-# (The package's block has dropout as well, which is active in training only; we leave it out.)
+# (We leave out the dropout of the package's block, which is active in training only.)
 
 # %%
 class MyResBlock(nn.Module):
@@ -217,10 +217,10 @@ print("a new block changes its input:", not torch.equal(MyResBlock(32, 32, 128)(
 
 
 # %% [markdown]
-# Two choices deserve a word. **Group** normalisation does not look at the other images of the
-# batch, as BatchNorm would; a sample must not depend on its neighbours. And the second convolution
-# starts at **zero** (`zero_init`): every new block is the identity, and learns what to add. That
-# matters when many are stacked. We send an image through forty untrained blocks, with and without
+# Two choices need explaining. **Group** normalisation does not look at the other images of the
+# batch, as BatchNorm would; a sample must not depend on them. And the second convolution starts
+# at **zero** (`zero_init`): every new block is the identity, and learns what to add. That matters
+# when many are stacked. We send random features through forty untrained blocks, with and without
 # it:
 
 # %%
@@ -252,10 +252,10 @@ plot_lines(
 # %% [markdown]
 # ## Attention: distant petals exchange information
 #
-# A 3 x 3 convolution sees a pixel and its eight neighbours. For the left petal to have the colour
-# of the right one, the network has *attention*: each position sends out a query, each offers a key
-# and a value, and every position receives an average of all values, weighted by how well its query
-# matches their keys. Several heads do so in parallel.
+# A 3 x 3 convolution sees a pixel and its eight neighbours. For the left petal to get the colour of
+# the right one, the network has *attention*, as a transformer does: each position has a query, a
+# key and a value, and receives an average of all values, weighted by how well its query matches
+# their keys. Several heads do so in parallel.
 
 # %%
 class MyAttention(nn.Module):
@@ -280,9 +280,9 @@ class MyAttention(nn.Module):
 
 # %% [markdown]
 # An untrained block attends to nothing in particular, so we load the weights of a trained one: the
-# last attention on the way up, at 8 x 8 positions. Its input comes from a hook while the trained
-# network looks at the noisy sunflower. Below, three positions (white squares) and what each attends
-# to, as the average of the heads.
+# last attention on the way up, at 8 x 8 positions. A hook catches its input while the trained
+# network processes the noisy sunflower. Below, three positions (white squares) and what each
+# attends to, averaged over the heads.
 
 # %%
 block = [module for module in trained.up.modules() if isinstance(module, AttentionBlock)][-1]
@@ -303,32 +303,32 @@ print("attention weights:", tuple(weights.shape), f"each row sums to {weights[0]
 # %%
 side = seen[0].shape[-1]  # positions in a row
 p = 64 // side  # pixels of a position
-asking, attended = [], []
+border = F.pad(torch.zeros(p - 2, p - 2), (1, 1, 1, 1), value=1).bool()
+queries, attended = [], []
 for row, column in ((3 * side // 8, 3 * side // 8), (3 * side // 8, side // 8), (0, 0)):
     marked = flower[0].clone()
     square = marked[:, row * p : row * p + p, column * p : column * p + p]
-    inner = square[:, 1:-1, 1:-1].clone()
-    square.fill_(1)
-    square[:, 1:-1, 1:-1] = inner
-    asking.append(marked)
+    square[:, border] = 1
+    queries.append(marked)
     light = weights[row * side + column].view(1, 1, side, side)
     light = F.interpolate(light / light.max(), size=64)[0]
     attended.append(light.expand(3, -1, -1) * 2 - 1)
 
 filmstrip(
-    [asking, attended],
+    [queries, attended],
     row_labels=["this position", "attends to"],
     column_labels=["the centre", "a petal", "the background"],
     scale=2,
     alt="Above, the sunflower with a position marked in its centre, on a petal and in a corner; "
     "below, maps of 8 x 8 squares, bright where that position attends: the centre to the centre, "
-    "the petal to a ring around the centre, the corner to the background",
+    "the petal to what surrounds the centre, the corner to the background",
 )
 
 # %% [markdown]
-# Nobody told the network what a centre is, yet the centre attends to itself, the petal to a ring
-# around it, and the background to the background: each to what is alike, however far away it lies.
-# Attention is not cheap: each of the $n$ positions looks at all $n$, so twice the side means four
+# Nobody told the network what a centre is, yet the centre attends to the centre, the petal to what
+# surrounds the centre, and the background to the background: each to similar places, even distant
+# ones.
+# Attention is not cheap: each of the $n$ positions attends to all $n$, so twice the side means four
 # times the positions and sixteen times the work. That is why it sits at low resolutions only.
 #
 # ## Patches, and why they go with $x_0$
@@ -348,10 +348,10 @@ for p in (1, 2, 4):
     print(f"patches of {p}: {shape}, {millions:4.0f} million FLOPs per image")
 
 # %% [markdown]
-# But something has to give. With patches of 4 x 4, each position holds 48 numbers; where a network
-# is narrower than that, they do not all fit. What gets through a narrow place? The best that any
-# *linear* bottleneck of $k$ channels can do is to keep the first $k$ principal components, so we
-# measure that, for patches of flowers and for patches of noise.
+# This has a price. With patches of 4 x 4, each position holds 48 numbers; a network with fewer
+# channels cannot carry them all. How much gets through? The best that a *linear* bottleneck of $k$
+# channels can do is to keep the first $k$ principal components, so we measure that, for patches of
+# flowers and for patches of noise.
 
 # %%
 noise = torch.randn(flowers.shape, generator=torch.Generator().manual_seed(0))
@@ -402,10 +402,10 @@ stack(
 # %% [markdown]
 # That is the argument for predicting $x_0$. Noise has 48 independent numbers per patch, and a
 # network that predicts it must carry every one of them from input to output. An image has
-# structure, and a quarter of the channels nearly hold it. Our profiles use patches of 2 x 2, whose
-# 12 numbers would just fit through 32 channels; but a network that predicts $x_0$ need not reserve
-# channels for noise, and can spend all of them on what flowers look like. The larger the patches,
-# the more this counts.
+# structure, and a quarter of the channels holds nearly all of it. Our profiles use patches of
+# 2 x 2, whose 12 numbers would fit through 32 channels; but a network that predicts $x_0$ need not
+# reserve channels for noise, and can use all of them for what flowers look like. The larger the
+# patches, the more this matters.
 #
 # ## Timestep and label
 #
@@ -425,8 +425,8 @@ def my_time_mlp(channels):
 print("embedding of three timesteps:", tuple(my_time_mlp(32)(torch.tensor([0, 500, 999])).shape))
 
 # %% [markdown]
-# What does a trained network do with it? Here is the scale that the trained network's first
-# residual block applies to five of its channels, as a function of $t$:
+# What does a trained network do with the embedding? Here is the scale that its first residual block
+# applies to five of its channels, as a function of $t$:
 
 # %%
 with torch.no_grad():
@@ -445,7 +445,7 @@ plot_lines(
 
 # %% [markdown]
 # The curves are smooth: the MLP has turned the ripples of the embedding into gradual changes. It
-# fades channels in and out as the noise grows, so one network behaves like many, one for each noise
+# fades channels in and out as the noise grows, so one network acts like many, one for each noise
 # level.
 #
 # ## The whole network
@@ -468,12 +468,12 @@ class MyBlock(nn.Module):
 
 # %% [markdown]
 # And this is all of it; `c` is the configuration. `__init__` makes the layers in the order of the
-# drawing. Each output on the way down is kept for a skip connection, so we note how wide it is. The
-# way up has one block more per level, since it takes one more skip connection: the output of the
-# layer that halved the side. Input and skip connection are concatenated, so their widths add.
-# `forward` follows the arrows. The side is doubled by repeating each pixel and smoothing with a
-# convolution; a transposed convolution, whose patches overlap unevenly, would leave a chessboard
-# pattern.
+# drawing. Each output on the way down is kept for a skip connection, so we note how many channels
+# it has (its width). The way up has one block more per level, for one more skip connection: the
+# output of the layer that halved the side. Input and skip connection are concatenated, so their
+# widths add. `forward` follows the arrows. The side is doubled by repeating each pixel and
+# smoothing with a convolution; a transposed convolution, whose patches overlap unevenly, would
+# leave checkerboard artefacts.
 
 # %%
 class MyUNet(nn.Module):
@@ -548,8 +548,8 @@ for i in range(3):
     print(f"image {i}, mean: {ours[i].mean():z.2f} ours, {theirs[i].mean():z.2f} the package's")
 
 # %% [markdown]
-# It does. So it can generate flowers: the package's sampler, driven by the network that you have
-# just read in full.
+# It does. So it can generate flowers: the package's sampler calls the network that you have just
+# read in full.
 
 # %%
 my_unet.num_classes, my_unet.null_label = len(classes), len(classes)  # the last embedding: no label
@@ -572,7 +572,7 @@ image_grid(
 # %% [markdown]
 # ## Where the work goes
 #
-# Count parameters and multiplications by resolution (for our profile's network again):
+# Parameters and FLOPs by resolution, for our profile's network again:
 
 # %%
 layers = [model.conv_in, *model.down, model.middle1, model.middle_attention, model.middle2]
@@ -619,10 +619,10 @@ stack(
 #
 # ## Two checks before training
 #
-# A new network predicts exactly zero, because its last convolution is zero: its first loss is known
-# in advance, and notebook 04 uses that. And every parameter must learn: a layer that is defined but
+# A new network predicts exactly zero, because its last convolution is zero: its first predictions
+# are mid-grey, as notebook 04 shows. And every parameter must learn: a layer that is defined but
 # never used is a classic mistake which the loss does not show. So we fill the zeros, which block
-# gradients, and ask each parameter for its gradient.
+# gradients, and check each parameter's gradient.
 
 # %%
 x, t, y = flowers[:4], torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, model.null_label])
@@ -638,8 +638,8 @@ print(f"{sum(learning)} of {len(learning)} parameter tensors have a gradient")
 # %% [markdown]
 # ## Look inside
 #
-# What do the layers of a trained network see? We show it the sunflower at twenty noise levels and
-# keep the output of five layers.
+# What do the layers of a trained network compute? We give it the sunflower at twenty noise levels
+# and keep the output of five layers.
 
 # %%
 watched = {
@@ -661,9 +661,9 @@ with torch.no_grad():
 
 
 # %% [markdown]
-# Move $t$ and choose a layer. Near the input the maps are noisy copies of the image; in the middle
-# they are coarse and calm; on the way up the shape of the flower comes back, and gets vaguer as $t$
-# grows.
+# Move $t$ and choose a layer. Near the input the feature maps are noisy copies of the image; in the
+# middle they are very coarse; on the way up the shape of the flower comes back, vaguer the larger
+# $t$ is.
 
 # %%
 def inside(t, layer):
@@ -700,7 +700,7 @@ Explorer(
 #
 # Replace `None` or `...` and run the cell; it says whether you are right.
 #
-# **1. Count.** How many parameters has `ResBlock(64, 128, emb_channels=256)`? Work it out by hand:
+# **1. Count.** How many parameters does `ResBlock(64, 128, emb_channels=256)` have? Work it out:
 # two norms (a scale and a shift per channel), two 3 x 3 convolutions, the linear layer for the
 # embedding, and the 1 x 1 convolution.
 
@@ -749,7 +749,8 @@ check(
 # moving = (squeezed.amax(0) - squeezed.amin(0) > 0.1).sum()
 # ```
 #
-# Only 11 of 64; the rest is nearly constant, and the network would hardly know the timestep.
+# Only 11 of 64; the others are nearly constant, and the network could hardly tell the timesteps
+# apart.
 # </details>
 #
 # **3. Without skip connections.** Write `no_skips(x, t, y)`: the trained network's prediction with

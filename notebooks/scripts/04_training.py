@@ -78,7 +78,8 @@ T, shape = process.timesteps, (3, profile.image_size, profile.image_size)
 # %% [markdown]
 # ## The task
 #
-# One training example: a clean image $x_0$, a timestep $t$ and noise $\epsilon$ give the noisy
+# This is the task of `fit` in notebook 00, with images. A clean image $x_0$, a timestep $t$ and
+# noise $\epsilon$ give the noisy
 # $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$. The network sees $x_t$, $t$
 # and the species, and predicts $x_0$. Before training it predicts zero everywhere: mid-grey.
 
@@ -109,26 +110,28 @@ filmstrip(
 # %% [markdown]
 # ## Where the loss comes from
 #
-# The model should give every training image a high probability. For a chain of steps
-# $p_\theta(x_{t-1} \mid x_t)$ that probability is out of reach, but the *variational bound* is not
-# (Ho et al. 2020, eq. 5):
+# Why do we minimise a weighted squared error? (You can skip the derivation on a first reading.) The
+# model should give every training image a high probability. For a chain of steps
+# $p_\theta(x_{t-1} \mid x_t)$ that probability cannot be computed, but it can be bounded: this is
+# the *variational bound* (Ho et al. 2020, eq. 5, in their counting of $t$)
 #
 # $$ -\log p_\theta(x_0) \;\le\;
 # \underbrace{D_\text{KL}\big(q(x_T \mid x_0)\,\|\,p(x_T)\big)}_{\text{no parameters}} +
 # \sum_{t > 1} D_\text{KL}\big(q(x_{t-1} \mid x_t, x_0)\,\|\,p_\theta(x_{t-1} \mid x_t)\big) -
 # \log p_\theta(x_0 \mid x_1) $$
 #
-# on average over the noise. Each term of the sum compares two Gaussians: the posterior of
-# notebook 02, with mean $\tilde\mu(x_t, x_0)$, and the model's step, for which we take the same
-# formula with the prediction in place of $x_0$: mean $\tilde\mu(x_t, \hat x_0)$, and the same
-# variance $\tilde\beta_t$. The KL divergence of two Gaussians with equal variance is the squared
-# distance of their means over twice the variance. And $\tilde\mu$ is linear in $x_0$, so
+# on average over the noise. Each term of the sum compares two Gaussians. One is the posterior of
+# notebook 02, with mean $\tilde\mu(x_t, x_0)$ and variance $\tilde\beta_t$. The other is the
+# model's step; since small steps back are nearly Gaussian, we take the same formula with the
+# prediction in place of $x_0$: mean $\tilde\mu(x_t, \hat x_0)$, variance $\tilde\beta_t$. The KL
+# divergence of two Gaussians with equal variance is the squared distance of their means over twice
+# the variance. And $\tilde\mu$ is linear in $x_0$, so
 #
 # $$ D_\text{KL} = \frac{\|\tilde\mu(x_t, x_0) - \tilde\mu(x_t, \hat x_0)\|^2}{2\tilde\beta_t} =
 # \frac{\text{SNR}_{t-1} - \text{SNR}_t}{2}\;\|x_0 - \hat x_0\|^2 . $$
 #
-# The bound is a mean squared error with a weight for each $t$. Let us compare both sides for a
-# prediction that is off by a little noise:
+# So the bound is a mean squared error with a weight for each $t$. Both sides for a prediction that
+# is off by a little noise:
 
 # %%
 wrong = x_0 + 0.1 * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(2)).to(device)
@@ -148,8 +151,8 @@ for i, left, right in zip(t.tolist(), kl, formula, strict=True):
 # %% [markdown]
 # Ho et al. found samples better with a simpler weight. Their $L_\text{simple}$ is the plain squared
 # error of the predicted noise, which weights an error in $x_0$ by $\text{SNR}_t$. The profiles of
-# this series use $\text{SNR}_t + 1$, capped; below we compare these weights. Whatever the weight,
-# training is *Algorithm 1* of the paper, which is short:
+# this series use $\text{SNR}_t + 1$ (the weight of notebook 00), capped; below we compare these
+# weights. Whatever the weight, training is *Algorithm 1* of the paper, which is short:
 #
 # ```python
 # x_0, y = next(images)
@@ -187,11 +190,11 @@ def my_training(model, batches, steps, learning_rate):
 
 
 # %% [markdown]
-# What has been added: each step has its own random numbers, so that a run can be resumed at any
-# step. Some labels are dropped, so that the network also learns to generate without one (notebook
-# 06 makes use of it). The gradient's norm is clipped. The learning rate rises over the first steps
-# and then falls along a cosine. The package's `train` is the same loop, and yields after each step.
-# From the same start, both have the same losses:
+# Four things have been added. Each step has its own random numbers, so that a run can be resumed at
+# any step. Some labels are dropped, so that the network also learns to predict without one
+# (notebook 06 makes use of it). The gradient's norm is clipped. The learning rate rises over the
+# first steps and then falls along a cosine. The package's `train` is the same loop, and yields
+# after each step. From the same start, both have the same losses:
 
 # %%
 def small_network():  # without dropout, which would consume random numbers in a different order
@@ -217,19 +220,19 @@ print(
 # %% [markdown]
 # ## Train
 #
-# The loop is ours, so what it shows is up to us: the loss of each step, and now and then four
-# samples from always the same noise. They are made with the weights as they are, and with `ema`'s:
-# the *exponential moving average* of the weights, which we come to below. For later we also note
-# both losses on held-out images. The stop button ends the loop; to go on, run the cell again.
+# The loop is ours, so we decide what it shows and records. It plots the loss of each step. At four
+# points of the run it keeps four samples, always from the same noise, and the loss on held-out
+# images: with the raw weights, and with their *exponential moving average* (EMA), which we come to
+# below. The stop button ends the loop; to go on, run the cell again.
 
 # %%
-looks = [round(profile.train_steps * part) for part in (0.05, 0.2, 0.5, 1)]
+preview_steps = [round(profile.train_steps * part) for part in (0.05, 0.2, 0.5, 1)]
 species = torch.arange(4, device=device) % len(data.classes)
 previews, scores = {"raw": {}, "averaged": {}}, {"raw": {}, "averaged": {}}
 ema, batches, losses = EMA(model, profile.ema_decay), same_batches(), []
 
 
-def look(index, weights):
+def preview(index, weights):
     previews[weights][index] = sample(
         model, process, species, shape=shape, sampler="ddim", steps=20, seed=1
     ).cpu()
@@ -244,17 +247,17 @@ alt = "The loss of each step, which falls steeply and then slowly"
 options = profile.training | {"losses": losses, "checkpoint": checkpoint}
 with train(model, process, batches, ema, **options) as run, Live(alt) as live:
     for step in progress(run, total=profile.train_steps, description="training"):
-        if step.index in looks:
-            look(step.index, "raw")
+        if step.index in preview_steps:
+            preview(step.index, "raw")
             with ema.applied():
-                look(step.index, "averaged")
+                preview(step.index, "averaged")
         live.update(lambda: plot_loss(losses, size=(720, 240)))
         if live.stopped:
             break  # leaving the block saves the state
 
 # %% [markdown]
-# In two minutes, noise has become flowers. Each row below is sampled from the same noise, after
-# longer training. Colour and place come first, the shape of the petals last:
+# Each row below is sampled from the same noise, after longer training. Colour and place come first,
+# the shape of the petals last:
 
 # %% tags=["cover"]
 assert len(losses) == profile.train_steps, "stopped early: run the cell above again to go on"
@@ -262,7 +265,7 @@ filmstrip(
     list(previews["averaged"].values()),
     row_labels=[f"step {index}" for index in previews["averaged"]],
     scale=2,
-    alt="Four samples at four moments of training: first blurred discs of colour on green, then "
+    alt="Four samples at four points of training: first blobs of colour on dark green, then "
     "ragged flowers, at the end clear petals and centres",
 )
 
@@ -284,8 +287,8 @@ filmstrip(
 )
 
 # %% [markdown]
-# The more noise, the more blurred the prediction. That is no fault of the network: it is what a
-# squared error asks for. For any function $f$ of $x_t$
+# The more noise, the more blurred the prediction. The network is not to blame: this is what a
+# squared error asks for, as we saw in notebook 00. For any function $f$ of $x_t$
 #
 # $$ \mathbb E\,\|x_0 - f(x_t)\|^2 = \mathbb E\,\big\|x_0 - \mathbb E[x_0 \mid x_t]\big\|^2 +
 # \mathbb E\,\big\|\mathbb E[x_0 \mid x_t] - f(x_t)\big\|^2 $$
@@ -295,7 +298,7 @@ filmstrip(
 # come from. The first term is a floor that no network gets below.
 #
 # The smallest example has one pixel and two images, $x_0 = -1$ and $x_0 = +1$. At
-# $\bar\alpha_t = 0.5$ the mean of $x_0$ among all that arrive near $x_t$ is neither of the two:
+# $\bar\alpha_t = 0.5$ the mean of $x_0$ over all examples that end near $x_t$ lies between the two:
 
 # %%
 generator = torch.Generator().manual_seed(4)
@@ -321,8 +324,9 @@ plot_lines(
 
 # %% [markdown]
 # For flowers we cannot list all that an $x_t$ may have come from, but we can *sample* them: start
-# the reverse process at $x_t$ and add new noise in each step, as Algorithm 2 does (notebook 05). 24
-# flowers from the same $x_t$ differ in the details. Their mean looks like the prediction:
+# the reverse process at $x_t$ and add new noise in each step, as Algorithm 2 does (notebook 05).
+# The flowers sampled from one $x_t$ differ in the details. The mean of 24 looks like the
+# prediction:
 
 # %%
 start = 900
@@ -356,9 +360,9 @@ print("nearer to the mean than to any of the 24 samples:", bool(to_mean < to_sam
 # %% [markdown]
 # ## How large is the error?
 #
-# Three predictions of $x_0$ for comparison: the network's, for held-out and for training images;
-# that of notebook 02's Gaussian, which pretends that flowers are normally distributed and needs no
-# training; and the input itself, scaled to the brightness of $x_0$.
+# We compare three predictions of $x_0$: the network's, for held-out and for training images; that
+# of notebook 02's Gaussian, which pretends that flowers are normally distributed and is not told
+# the species; and the input itself, $x_t/\sqrt{\bar\alpha_t}$.
 
 # %%
 def gaussian(images):
@@ -420,12 +424,13 @@ plot_lines(
 # %% [markdown]
 # Three things to read off:
 #
-# - Training and held-out images are predicted equally well: nothing has been memorised so far.
-# - Where there is much noise the network is ahead of the Gaussian, which would have to decide on a
-#   species and cannot: the mean of a Gaussian is a mixture of all. In the middle they are close.
-#   The embedded flowers are smooth and simple; two minutes do not suffice to be better everywhere.
-# - At the smallest $t$ there is so little noise that simply returning the input is best. A network
-#   that predicts $x_0$ has to rebuild every detail, and two minutes are short for that, too.
+# - Training and held-out images are predicted about equally well: no sign of memorisation so far.
+# - Under heavy noise the network is ahead of the Gaussian, whose prediction there is the mean of
+#   all species: the network knows which one it is. In the middle the two are close, since the
+#   embedded flowers are smooth and simple. Under little noise the network is ahead again, in the
+#   details.
+# - At the smallest $t$ there is so little noise that returning the input is best. A network that
+#   predicts $x_0$ has to reproduce every detail, and two minutes of training are short for that.
 #
 # ## One error, three targets
 #
@@ -436,10 +441,10 @@ plot_lines(
 # $$ \|\epsilon - \hat\epsilon\|^2 = \text{SNR}_t\,\|x_0 - \hat x_0\|^2,
 # \qquad \|v - \hat v\|^2 = (\text{SNR}_t + 1)\,\|x_0 - \hat x_0\|^2 $$
 #
-# So plain squared errors of the three targets are three weights of one error. Beside them stands
-# the weight that the variational bound asks for, and the capped one of our profiles. Towards pure
-# noise the weights of the bound and of $\epsilon$ vanish, though that is where colour and place are
-# decided. Towards the clean image those of the bound, of $\epsilon$ and of $v$ grow without limit.
+# So the plain squared errors of the three targets are one error with three weights. The figure adds
+# the weight of the variational bound, and the capped one of our profiles. Towards pure noise the
+# weights of the bound and of $\epsilon$ vanish, though that is where colour and place are decided.
+# Towards the clean image those of the bound, of $\epsilon$ and of $v$ grow to 10,000.
 
 # %%
 every = torch.arange(1, T, device=device)
@@ -462,14 +467,14 @@ plot_lines(
 )
 
 # %% [markdown]
-# The weight is one difference. The other one is what the network has to *output*. Noise has no
-# structure: to output $\epsilon$ or $v$, every pixel's value must pass through the network
-# unchanged. Our UNet works on patches of 2 x 2 pixels (notebook 03), and whatever gets lost on the
-# way stays in the sample as grain. A network that outputs $x_0$ need not pass on the noise.
+# The weight is one difference. The other is what the network has to *output*. Both $\epsilon$ and
+# $v$ contain noise, and noise has no structure: the value of every pixel must pass through the
+# network unchanged. Our UNet works on patches of 2 x 2 pixels (notebook 03), and what is lost on
+# the way stays in the sample as grain. A network that outputs $x_0$ need not pass on the noise.
 #
-# Trial runs of 400 steps, a third of the run above, show by how much this matters. They were made
-# by `python tools/ablation.py --patches 2 --seeds 2 --steps 400`, two for each bar; the thin lines
-# are standard errors. The cap was 400. (Without options, the program also compares patch sizes.)
+# How much does this matter? These are trial runs of 400 steps, a third of the run above, made by
+# `python tools/ablation.py --patches 2 --seeds 2 --steps 400`: two for each bar, the thin lines are
+# standard errors. The cap was 400. (Without options, the program also compares patch sizes.)
 
 # %%
 trials = {  # recorded: mean and standard error of the distance to held-out flowers
@@ -487,9 +492,9 @@ bars(
 )
 
 # %% [markdown]
-# $v$ and the last bar share their weight (up to the cap), so it is the output that makes the
-# difference. The same program measures the power of the finest details of the samples, and the
-# reason shows: with $\epsilon$ and $v$ they are full of grain, with $x_0$ still smooth.
+# The runs of $v$ and of the last bar have the same weight (up to the cap), so it is the output that
+# makes the difference. The same program measures the power of the samples' finest details, which
+# shows the reason: with $\epsilon$ and $v$ they are grainy, with $x_0$ still too smooth.
 
 # %%
 finest = {r"$\epsilon$": 11, "$v$": 2, "$x_0$, weight 1": 0.5, "$x_0$, weight SNR + 1": 0.5}
@@ -501,27 +506,27 @@ bars(
 )
 
 # %% [markdown]
-# The plain weight is ahead after 400 steps; SNR + 1 puts more of the effort into low noise levels,
-# where fine details are learned, and these trials are too short to say which is better in the end.
+# Weight 1 is ahead after 400 steps. SNR + 1 puts more weight on low noise levels, where fine
+# details are learned; these trials are too short to say which is better in the end.
 #
-# This holds for patches and for narrow networks. Ho et al. found $\epsilon$ best, with a network of
-# 128 channels on single pixels, which has room to pass the noise on.
+# All this is measured on patches and a narrow network. Ho et al. found $\epsilon$ best, with a
+# network of 128 channels on single pixels, which has room to pass the noise on.
 #
 # ## Averaged weights
 #
-# Each step follows the gradient of a few images, so the weights never come to rest while the
-# learning rate is high. Their average does: after every step,
-# $\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$ with a decay $d$ slightly below 1. The same
-# noises, at the same moments, with the weights as they are and averaged:
+# Each step follows the gradient of a few images, so the weights keep jittering while the learning
+# rate is high. Averaging smooths this out: after every step,
+# $\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$ with a decay $d$ slightly below 1. Samples
+# from the same noise at two points of training, with raw and with averaged weights:
 
 # %%
-moments = looks[1:3]
+pairs = [(index, weights) for index in preview_steps[1:3] for weights in ("raw", "averaged")]
 filmstrip(
-    [previews[weights][index][:3] for index in moments for weights in ("raw", "averaged")],
-    row_labels=[f"step {index}, {weights}" for index in moments for weights in ("raw", "averaged")],
+    [previews[weights][index][:3] for index, weights in pairs],
+    row_labels=[f"step {index}, {weights}" for index, weights in pairs],
     scale=2,
-    alt="Three samples at two moments, with raw and with averaged weights: first all are ragged; "
-    "later the averaged ones have cleaner backgrounds and rounder petals",
+    alt="Three samples at two points of training, with raw and averaged weights: at the first "
+    "none is a flower yet; at the second all are, in slightly different colours",
 )
 
 # %%
@@ -533,18 +538,19 @@ plot_lines(
     markers=True,
     size=(720, 260),
     alt="Held-out loss against the training step: with averaged weights it lies below that of the "
-    "raw ones, far below at the second moment; at the end both meet",
+    "raw ones, far below at the second point; at the end both meet",
 )
 
 # %% [markdown]
-# Early on the average is ahead by as much as hundreds of training steps. At the end both meet,
-# because the learning rate has fallen to zero and the last weights hardly differ. Whoever stops
-# early needs the average.
+# The samples differ little, the held-out losses clearly: early on the average is more than a
+# hundred training steps ahead. At the end the two meet, because the learning rate has fallen to
+# zero and the last weights hardly differ. If you stop early, or keep the rate constant, you need
+# the average.
 #
 # ## Are they flowers?
 #
-# 256 samples, as many of each species as in 256 held-out flowers. Below them, samples of notebook
-# 02's Gaussian:
+# We sample 256 images, with the species of 256 held-out flowers. Below eight of them, samples of
+# notebook 02's Gaussian:
 
 # %%
 reference, second = to_float(held_out.images[order[:512]]).chunk(2)
@@ -563,10 +569,10 @@ filmstrip(
 )
 
 # %% [markdown]
-# `factor_distance` (notebook 01) measures what the eye sees: how far the samples' sizes, colours
-# and backgrounds are from those of held-out flowers, in units of their spread. Beside the network
-# stand a second set of held-out flowers, which shows the least that 256 images can reach, the
-# Gaussian, and the mean flower 256 times. Errors are those of resampling the 256 images.
+# `factor_distance` (notebook 01) measures how far the samples' sizes, colours and backgrounds are
+# from those of held-out flowers, in standard deviations. For comparison: a second set of held-out
+# flowers, which shows the least that 256 images can reach; the Gaussian; and the mean flower 256
+# times. The error bars are bootstrap standard errors.
 
 # %%
 sets = {
@@ -598,9 +604,9 @@ bars(
 )
 
 # %% [markdown]
-# The network beats the Gaussian, if not by far in these four numbers: a Gaussian has the right mean
-# and spread by construction. What it lacks, one glance at the images shows: it cannot tell the
-# species apart. Distances that see more than four numbers are the subject of notebook 07.
+# The network beats the Gaussian, though not by far in these four numbers: a Gaussian has the right
+# mean and spread by construction. What it lacks is plain in the images: it mixes the species.
+# Distances that see more than four numbers are the subject of notebook 07.
 #
 # ## What longer training brings
 #
@@ -632,8 +638,8 @@ image_grid(
 # %% [markdown]
 # ## Keep the weights
 #
-# The averaged weights are what remains of the run: a plain `state_dict` in half precision, with a
-# card in the same file that says which network and process they belong to.
+# We keep the averaged weights: a plain `state_dict` in half precision, with a card in the same file
+# that says which network and process they belong to.
 
 # %%
 if len(losses) < profile.train_steps:
@@ -651,20 +657,20 @@ again = sample(
 print("mean difference of a pixel:", f"{(again - samples[:4]).abs().mean():.2f}")
 
 # %% [markdown]
-# While it ran, `train` also wrote everything needed to go on, weights, average, optimiser, random
-# states and step, to `checkpoint=...`: every 500 steps, and when the loop is left early. Run the
-# cell again, or start the same program again, and it continues where it was; on the CPU the result
-# is the same to the last bit. A damaged file is refused, and a loss that is no longer a number
-# stops the run before it reaches the file. [08_scaling](08_scaling.ipynb) kills a run to show it,
-# and `tests/` checks the rest.
+# While it ran, `train` also saved everything needed to resume (weights, average, optimiser, random
+# states and step) to `checkpoint=...`: every 500 steps, and when the loop is left early. Run the
+# cell again, or start the same program again, and it continues where it stopped; on the CPU the
+# result is the same to the last bit. A damaged file is refused, and a loss of NaN stops the run
+# before it reaches the file. [08_scaling](08_scaling.ipynb) kills a run to show it, and `tests/`
+# checks the rest.
 #
 # ## Your turn
 #
 # Replace `None` or `...` and run the cell; it says whether you are right.
 #
-# **1. No idea.** At $t = T - 1$ there is nothing left of the image, so the best prediction is the
-# mean flower. How large is the mean squared error of $x_0$ there, for the training set? Compute it
-# without the network.
+# **1. Nothing to see.** At $t = T - 1$ nothing is left of the image, so without the species the
+# best prediction is the mean flower. How large is its mean squared error over the training set?
+# Compute it without the network.
 
 # %% tags=["exercise"]
 error_of_the_mean = None
@@ -685,7 +691,7 @@ check(
 # error_of_the_mean = float(to_float(data.images).var(0, correction=0).mean())
 # ```
 #
-# It is 0.14 for the embedded flowers. The curve of the Gaussian ends there. The network's ends
+# It is 0.14 for the embedded flowers, where the curve of the Gaussian ends. The network's ends
 # lower: it is told the species, so its best prediction is the mean flower of that species.
 # </details>
 #
@@ -712,7 +718,7 @@ check(
 # share = 0.9999**1300
 # ```
 #
-# 88 %: the samples would be grey all over, as those of the new network are.
+# 88 %: the average would hardly have learned anything.
 # </details>
 #
 # **3. Another weight.** Hang et al. (2023) weight the squared error of $x_0$ by $\min(\text{SNR}_t,

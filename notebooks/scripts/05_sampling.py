@@ -17,7 +17,7 @@
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/05_sampling.ipynb)
 #
 # **What you'll do**: run the process of notebook 02 backwards with a trained network, first in many
-# small random steps, then in a few large ones without randomness.
+# small steps with fresh noise, then in a few large ones without.
 #
 # **What you'll learn**: Algorithm 2 of Ho et al. (2020); the noise level $\sigma$, in which
 # diffusion becomes an ordinary differential equation; DDIM, DPM-Solver++ and Heun's method as three
@@ -59,15 +59,15 @@ from noisout_nb.sampling import SAMPLERS, ddim, ddpm, dpm_solver, heun
 from noisout_nb.widgets import Again, Explorer
 
 # %% [markdown]
-# Two networks: a small one for measurements, and the one in `models/` that was trained on
-# photographs. (That one is wrapped in *guidance*, the subject of notebook 06.)
+# We use two networks: a small one for measurements, and the one in `models/` that was trained on
+# photographs. (`guided` is the latter with *guidance*, the subject of notebook 06.)
 
 # %%
 torch.manual_seed(0)
 profile, device = get_profile(), get_device()
 model, process, classes = load_pretrained(profile, device)
 network, photo_process, species = load_model(PROFILES["flowers64"].published, device)
-flowers = ClassifierFreeGuidance(network, 3.0)
+guided = ClassifierFreeGuidance(network, 3.0)
 T, shape = process.timesteps, (3, profile.image_size, profile.image_size)
 photo_shape = (3, network.config["image_size"], network.config["image_size"])
 
@@ -79,15 +79,15 @@ def start(count, seed, shape=photo_shape):
 # %% [markdown]
 # ## From noise to a flower
 #
-# Every sampler of this notebook is a generator: it yields a state after each step, so that the loop
-# can be watched. Below, 50 steps of DDPM; above the image after the step at $t$, below it the clean
-# image that the network predicted there. The prediction has colour and place from the start and
-# gains detail; in the image itself the flower emerges half-way.
+# Every sampler of this notebook is a generator, as `generate` was in notebook 00: it yields a state
+# after each step. Here are four of 50 steps of DDPM: in the upper row the image after the step at
+# $t$, in the lower row the clean image that the network predicted there. The prediction has colour
+# and place from the start and gains detail; in the image itself the flower emerges half-way.
 
 # %% tags=["cover"]
 sunflower = species_labels("sunflower", species).to(device)
 generator = torch.Generator(device).manual_seed(3)
-states = list(ddpm(flowers, photo_process, start(1, 1), sunflower, steps=50, generator=generator))
+states = list(ddpm(guided, photo_process, start(1, 1), sunflower, steps=50, generator=generator))
 shown = [0, 20, 35, 49]
 filmstrip(
     [[states[i].x[0].cpu() for i in shown], [states[i].x_start[0].cpu() for i in shown]],
@@ -101,9 +101,9 @@ filmstrip(
 
 # %% [markdown]
 # What happens in one step? If the clean $x_0$ were known, notebook 02 would give the distribution
-# of $x_{t-1}$ exactly: the posterior $q(x_{t-1} \mid x_t, x_0)$, a Gaussian. The network predicts
-# $x_0$, so we clamp its prediction to the range of an image, put it in the place of $x_0$, and draw
-# from that Gaussian. At the last step the variance is zero. This is *Algorithm 2*:
+# of $x_{t-1}$ exactly: the posterior $q(x_{t-1} \mid x_t, x_0)$, a Gaussian. We clamp the network's
+# prediction to the range of an image, put it in the place of $x_0$, and sample from that Gaussian.
+# At the last step the variance is zero. This is *Algorithm 2*:
 
 # %%
 @torch.no_grad()
@@ -130,10 +130,10 @@ assert_close(mine, last.x, atol=1e-3, rtol=0)
 print("largest difference of a pixel:", f"{(mine - last.x).abs().max():.2f}")
 
 # %% [markdown]
-# Three details decide whether it works. The clamp: a prediction outside $[-1, 1]$ is no image, and
-# its error would grow from step to step. The start: the first step must be at $t = T - 1$ however
-# few there are, since a network that is told a smaller $t$ takes some of the noise for a flower.
-# And the end: no noise is added in the last step, for nothing would remove it.
+# Three details matter. The clamp: a prediction outside $[-1, 1]$ is no image, and its error would
+# grow from step to step. The start: the first step must be at $t = T - 1$ however few there are,
+# since a network that is told a smaller $t$ takes some of the noise for a flower. And the end: no
+# noise is added in the last step, since nothing would remove it.
 #
 # ## The noise level
 #
@@ -143,10 +143,9 @@ print("largest difference of a pixel:", f"{(mine - last.x).abs().max():.2f}")
 # $$ \bar x = \frac{x_t}{\sqrt{\bar\alpha_t}} = x_0 + \sigma\,\epsilon, \qquad \sigma =
 # \sqrt{\frac{1-\bar\alpha_t}{\bar\alpha_t}} . $$
 #
-# This is the same process, seen without the shrinking. All that is left of schedule and $t$ is the
-# *noise level* $\sigma$ (Karras et al. 2022), which falls during sampling from hundreds to zero. At
-# $\sigma = 1$ there is as much noise as signal.
-# Its logarithm is $\lambda = -\log\sigma$, half the log-SNR.
+# This is the same process without the shrinking. All that is left of schedule and $t$ is the *noise
+# level* $\sigma$ (Karras et al. 2022), which falls to zero during sampling. At $\sigma = 1$ signal
+# and noise are equally strong. We also need $\lambda = -\log\sigma$, half the log-SNR.
 
 # %%
 schedules = {name: GaussianDiffusion.from_config(name) for name in ("linear", "cosine")}
@@ -165,19 +164,21 @@ plot_lines(
 # %% [markdown]
 # The network's prediction gives the noise, $\hat\epsilon = (\bar x - \hat x_0)/\sigma$, and with it
 # the *score*, the direction in which a noisy image becomes more probable:
-# $\nabla \log p(\bar x; \sigma) = -\hat\epsilon/\sigma$ (for the best prediction this is exact,
-# notebook 06 derives it). Song et al. (2021) showed that following it removes noise without any
-# randomness. Images that move by
+# $\nabla \log p(\bar x; \sigma) = -\hat\epsilon/\sigma$ (for the best prediction this is exact;
+# notebook 06 derives it). Song et al. (2021) showed that the score is enough to remove the noise
+# without any randomness. Images that move by
 #
 # $$ \frac{d\bar x}{d\sigma} = \hat\epsilon(\bar x, \sigma) $$
 #
-# have at every noise level the very distribution of noisy images: the *probability-flow ODE*.
-# Euler's method takes a step with the slope at its start. That is **DDIM**:
+# have at every noise level the same distribution as clean images with that much noise added: this
+# is the *probability-flow ODE*. Euler's method takes a step with the slope at its start. That is
+# **DDIM**:
 #
 # $$ \bar x' = \bar x + (\sigma' - \sigma)\,\hat\epsilon = \hat x_0 +
 # \frac{\sigma'}{\sigma}\,(\bar x - \hat x_0) . $$
 #
-# In words: keep the prediction, and shrink what is left of the noise.
+# In words: keep the prediction and shrink the rest, the noise. This is the step of `generate` in
+# notebook 00, divided by $\sqrt{\bar\alpha_{t-1}}$.
 
 # %%
 def denoise(model, process, x_bar, t, y):
@@ -207,7 +208,7 @@ print("largest difference of a pixel:", f"{(mine - last.x).abs().max():.2f}")
 # %% [markdown]
 # Without randomness the same noise always gives the same flower, in more detail with more steps.
 # DDPM adds new noise on the way, and ends elsewhere each time. (`ddim(..., eta=1)` adds DDPM's
-# noise; then both are one.)
+# noise, and is then the same as DDPM.)
 
 # %%
 names = ["rose", "hibiscus"]
@@ -216,7 +217,7 @@ rows = {}
 for sampler in (ddpm, ddim):
     for steps in (10, 20):
         options = {"generator": torch.Generator(device).manual_seed(7)} if sampler is ddpm else {}
-        *_, last = sampler(flowers, photo_process, start(2, 6), labels, steps=steps, **options)
+        *_, last = sampler(guided, photo_process, start(2, 6), labels, steps=steps, **options)
         rows[f"{sampler.__name__}, {steps} steps"] = last.x.cpu()
 filmstrip(
     list(rows.values()),
@@ -232,8 +233,8 @@ filmstrip(
 #
 # How wrong is a sampler with few steps? Let "images" be single numbers from a Gaussian with mean
 # $\mu = 0.3$ and standard deviation $s = 0.2$. Then the best prediction is known (notebook 02), no
-# training is needed, and the ODE has a solution in closed form: it keeps the number of standard
-# deviations from the mean.
+# training is needed, and the ODE has a solution in closed form: each number stays as many standard
+# deviations from the mean as it was.
 #
 # $$ \mathbb E[x_0 \mid \bar x] = \mu + \frac{s^2}{s^2 + \sigma^2}\,(\bar x - \mu), \qquad x_0 =
 # \mu + s\,\frac{\bar x_T - \mu}{\sqrt{s^2 + \sigma_T^2}} $$
@@ -243,15 +244,13 @@ mu, s = 0.3, 0.2
 toy = GaussianDiffusion.from_config("cosine", prediction="x0")
 
 
-def perfect(x, t, y=None):
-    a = toy.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
-    sigma = toy.sigmas[t].view(-1, 1, 1, 1)
-    return mu + s**2 / (s**2 + sigma**2) * (x / a - mu)
-
-
 class Perfect(torch.nn.Module):
+    """In place of a network: the best prediction for this Gaussian."""
+
     def forward(self, x, t, y=None):
-        return perfect(x, t)
+        x_bar = x / toy.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
+        sigma = toy.sigmas[t].view(-1, 1, 1, 1)
+        return mu + s**2 / (s**2 + sigma**2) * (x_bar - mu)
 
 
 noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(4))
@@ -271,26 +270,26 @@ plot_histograms(
     x_label="sample",
     curves={"true density": (axis, density)},
     alt="Histograms of DDIM's samples: with 5 steps far too narrow, with 20 nearly, with 100 "
-    "hardly to be told from the true density",
+    "hardly distinguishable from the true density",
 )
 
 
 # %% [markdown]
-# With few steps the samples are too close to the mean. DDIM holds $\hat x_0$ fixed for a whole
-# step, but $\hat x_0$ moves away from the mean as the noise falls.
+# With few steps the samples are too close to the mean: DDIM holds $\hat x_0$ fixed for a whole
+# step, but $\hat x_0$ should move away from the mean as the noise falls.
 #
 # ## Second order
 #
-# **DPM-Solver++(2M)** (Lu et al. 2022) uses that the last step's prediction is still known: it
-# extrapolates the two along a line in $\lambda$ to the middle of the step, and uses that in place
-# of $\hat x_0$. With $h$ and $h_\text{before}$ the lengths of this and of the last step in
+# **DPM-Solver++(2M)** (Lu et al. 2022) also uses the prediction of the step before: it extrapolates
+# the two linearly in $\lambda$ to the middle of the step, and uses the result $D$ in place of
+# $\hat x_0$. With $h$ and $h_\text{before}$ the lengths of this step and of the one before in
 # $\lambda$:
 #
 # $$ D = \hat x_0 + \frac{h}{2\,h_\text{before}}\,\big(\hat x_0 -
 # \hat x_0^\text{before}\big), \qquad \bar x' = D + \frac{\sigma'}{\sigma}\,(\bar x - D) $$
 #
-# It costs no further call of the network. The first step, which has no predecessor, and the last,
-# where $\lambda$ is infinite, are DDIM's.
+# It costs no further call of the network. The first step, which has none before it, and the last,
+# at whose end $\lambda$ is infinite, are DDIM's.
 
 # %%
 @torch.no_grad()
@@ -310,8 +309,8 @@ def my_dpm_solver(model, process, x_T, y, timesteps):
 
 
 # %% [markdown]
-# **Heun's method** (EDM, Karras et al. 2022) takes Euler's step, calls the network a second time at
-# its end, and goes again from the start with the mean of both slopes. Two calls a step:
+# **Heun's method** (EDM, Karras et al. 2022) takes Euler's step, calls the network again at its
+# end, and repeats the step with the mean of both slopes. Two calls per step:
 
 # %%
 @torch.no_grad()
@@ -322,7 +321,7 @@ def my_heun(model, process, x_T, y, timesteps):
         sigma, lower = sigmas[i], sigmas[i + 1]
         x_start = denoise(model, process, x, t, y)
         x_end = x_start + lower / sigma * (x - x_start)
-        if i > 0 and lower > 0:  # the first step is far too long for a second opinion
+        if i > 0 and lower > 0:  # the first step is far too long to be corrected
             slope = (x - x_start) / sigma
             slope_at_end = (x_end - denoise(model, process, x_end, timesteps[i + 1], y)) / lower
             x_end = x + (lower - sigma) * (slope + slope_at_end) / 2
@@ -339,9 +338,9 @@ for mine, sampler in ((my_dpm_solver, dpm_solver), (my_heun, heun)):
 
 # %% [markdown]
 # Does second order pay? On the Gaussian we know the solution, so we can measure the error of each
-# sampler, and its slope: halving the steps should halve the error of a method of first order, and
-# quarter that of second order. The steps are spaced as EDM has them, which the next section
-# explains.
+# sampler and how fast it falls: twice as many steps should halve the error of a first-order method
+# and quarter that of a second-order one (slopes of 1 and 2 on log axes). The steps are spaced as in
+# EDM, which the next section explains.
 
 # %%
 counts = (5, 10, 20, 40, 80)
@@ -371,8 +370,9 @@ plot_lines(
 # %% [markdown]
 # ## Where to spend few steps
 #
-# Twenty steps may be spread evenly in $t$, in $\lambda$, or, as EDM does, evenly in
-# $\sigma^{1/\rho}$ with $\rho = 7$, which spends more of them on high noise levels than $\lambda$:
+# Twenty steps may be spread evenly in $t$ ("uniform"), evenly in $\lambda$, or, as in EDM
+# ("karras"), evenly in $\sigma^{1/\rho}$ with $\rho = 7$, with more of them at high noise levels
+# than $\lambda$ has:
 
 # %%
 spacings = {name: process.respace(20, name) for name in ("uniform", "lambda", "karras")}
@@ -396,16 +396,15 @@ for name in ("ddim", "dpm_solver", "heun"):
     print(f"{name:>10}", *(f"{last.x.std():8.3f}" for last in found))
 
 # %% [markdown]
-# On the Gaussian, steps evenly in $\lambda$ win with all three samplers, since there the prediction
-# changes most evenly. Are they best for flowers, too? A network is least certain at the highest
-# noise levels, where the flower as a whole is decided, and at the lowest there is nothing left to
-# decide, so the answer depends on the network. Look, and choose:
+# On the Gaussian, steps evenly in $\lambda$ win with all three samplers, since the prediction then
+# changes most evenly. Are they best for flowers, too? That depends on the noise levels at which the
+# network's prediction changes most. Compare:
 
 # %%
 rows = {}
 for name, spacing in (("ddim", "uniform"), ("dpm_solver", "uniform"), ("dpm_solver", "karras")):
     *_, last = SAMPLERS[name](
-        flowers, photo_process, start(2, 6), labels, steps=12, spacing=spacing
+        guided, photo_process, start(2, 6), labels, steps=12, spacing=spacing
     )
     rows[f"{name}, {spacing}"] = last.x.cpu()
 filmstrip(
@@ -413,19 +412,19 @@ filmstrip(
     row_labels=list(rows),
     column_labels=names,
     scale=2,
-    alt="A rose and a hibiscus in 12 steps by DDIM and DPM-Solver++ with two "
-    "spacings: "
-    "the same flowers, which differ in contrast and in fine texture",
+    alt="A rose and a hibiscus in 12 steps by DDIM and DPM-Solver++ with two spacings: the same "
+    "flowers, which differ in contrast and in fine texture",
 )
 
 
 # %% [markdown]
 # ## From one flower to another
 #
-# A deterministic sampler maps noise to flowers, and near noise to similar flowers. To walk from one
-# noise to another, a straight line will not do: half-way the standard deviation is $\sqrt{1/2}$
-# instead of 1, noise that the network has never seen. So we walk along the arc, and mix the
-# predictions for two species in the same proportion:
+# A deterministic sampler maps noise to flowers, and similar noise to similar flowers. To walk from
+# one noise to another, a straight line will not do: half-way the standard deviation is $\sqrt{1/2}$
+# instead of 1, noise that the network has never seen. So we walk along an arc (*slerp*), and mix
+# the predictions for two species in the same proportion. On the straight line the images in the
+# middle lack detail:
 
 # %%
 def slerp(a, b, weights):
@@ -444,12 +443,12 @@ class Between(torch.nn.Module):
         self.species, self.weights = species, weights.view(-1, 1, 1, 1)
 
     def forward(self, x, t, y=None):
-        first, second = (network(x, t, label.expand(len(x))) for label in self.species)
+        first, second = (guided(x, t, label.expand(len(x))) for label in self.species)
         return torch.lerp(first, second, self.weights)
 
 
 # %%
-a, b = start(2, 11)
+a, b = start(2, 5)
 weights = torch.linspace(0, 1, 4, device=device)
 line = torch.stack([torch.lerp(a, b, weight) for weight in weights])
 walk = slerp(a, b, weights)
@@ -468,7 +467,7 @@ filmstrip(
     row_labels=["arc", "straight line"],
     column_labels=[f"{w:.2f}" for w in weights],
     alt="Four steps from a sunflower to an osteospermum: along the arc all are flowers in full "
-    "contrast; along the straight line those in the middle are smooth and pale",
+    "detail; along the straight line those in the middle are smooth and pale",
 )
 
 # %% [markdown]
@@ -487,8 +486,8 @@ image_grid(
 )
 
 # %% [markdown]
-# The film in your hands: press play or move the frame, change the sampler, the spacing or the
-# noise. A new film is computed first; the bar shows how far it is.
+# Watch every step: press play or move the frame, and change the sampler, the spacing or the noise.
+# A new film is computed first; the bar shows the progress.
 
 # %%
 films = {}
@@ -498,7 +497,7 @@ def film(frame, sampler, spacing, noise):
     states = films.setdefault((sampler, spacing, noise), [])
     if len(states) < 20:
         options = {"steps": 20, "spacing": spacing}
-        steps = SAMPLERS[sampler](flowers, photo_process, start(1, noise), sunflower, **options)
+        steps = SAMPLERS[sampler](guided, photo_process, start(1, noise), sunflower, **options)
         for count, state in enumerate(steps, 1):
             states[count - 1 :] = [state]
             yield count / 20
@@ -546,12 +545,12 @@ check(
 # spread = float(last.x.std())
 # ```
 #
-# Every `eta` has the right distribution at each noise level, given enough steps.
+# With enough steps, every `eta` gives the right distribution at each noise level.
 # </details>
 #
 # **2. Back from the middle.** Add noise to the held-out flowers `x_0` up to $t = 500$, and let
-# `ddim` bring them back in 25 steps. What remains? The process below $t = 500$ is a process of its
-# own, `half`.
+# `ddim` bring them back in 25 steps (`back`, of the shape of `x_0`). What remains? `half` is the
+# process up to $t = 500$.
 
 # %% tags=["exercise"]
 held_out = load_data(profile, "val")
@@ -578,8 +577,8 @@ check(
 # image_grid(torch.cat([x_0, back]).cpu(), columns=4)
 # ```
 #
-# What had not drowned in noise by then remains: place, size and colour. The petals are new.
-# Notebook 10 makes a tool of it.
+# What the noise had not destroyed remains: place, size and colour. The petals are new. Notebook 10
+# makes a tool of it.
 # </details>
 #
 # **3. How probable is an image?** The ODE also gives a likelihood. Along its path the log density
@@ -610,9 +609,9 @@ check(
 # log_p = float(at_the_end + torch.trapezoid(divergence, sigma))
 # ```
 #
-# An image has thousands of dimensions, and the sum of as many derivatives is out of reach.
-# Hutchinson's estimator needs one: for random signs $z$, $z^\top J z$ has the divergence as its
-# mean. With the network, at noise level of `t` and for `x_bar`:
+# An image has thousands of dimensions, and as many derivatives cost too much. Hutchinson's
+# estimator needs one: for random signs $z$ and the Jacobian $J$ of the slope, $z^\top J z$ has the
+# divergence as its mean. With the network, at the noise level of `t` and for `x_bar`:
 #
 # ```python
 # z = torch.randint(2, x_bar.shape, device=device) * 2.0 - 1
@@ -623,4 +622,4 @@ check(
 # ```
 # </details>
 #
-# Next: [06_guidance](06_guidance.ipynb) asks for a species, and gets it.
+# Next: [06_guidance](06_guidance.ipynb) makes samples follow their label.

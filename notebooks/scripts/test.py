@@ -16,16 +16,17 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/test.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/test.ipynb)
 #
-# **What you'll do**: generate real flowers from pretrained weights, then go the whole path
-# yourself: data, noise, network, training, samples.
+# **What you'll do**: generate flowers from pretrained weights, then go the whole path yourself:
+# data, noise, network, training, samples.
 #
 # **What you'll learn**: how the parts that the series takes one by one fit together. Every section
 # names the notebook that explains it.
 #
-# **What you need**: two CPU cores and two minutes. With `NOISOUT_PROFILE=flowers64` this page
-# trains on photographs instead (Oxford Flowers102, a download of 345 MB), for hours on a CPU or
-# minutes on a GPU; with `NOISOUT_PROFILE=folder NOISOUT_DATA=path/to/images`, on your own images. A
-# run that is interrupted goes on where it was.
+# **What you need**: two CPU cores and two minutes. A *profile* sets the data, the image size and
+# the length of training. With `NOISOUT_PROFILE=flowers64` this page trains on photographs (Oxford
+# Flowers102, a download of 345 MB), for hours on a CPU or minutes on a GPU; with
+# `NOISOUT_PROFILE=folder NOISOUT_DATA=path/to/images`, on your own images. An interrupted run
+# resumes where it stopped.
 
 # %%
 import sys
@@ -47,7 +48,7 @@ import torch
 from noisout_nb.checkpoints import load_model, publish, save_model
 from noisout_nb.data import load_data, species_labels, to_float
 from noisout_nb.evaluation import factor_distance
-from noisout_nb.figures import filmstrip, image_grid, plot_bars, plot_loss, stack
+from noisout_nb.figures import bars, filmstrip, image_grid, plot_loss, stack
 from noisout_nb.forward_process import GaussianDiffusion
 from noisout_nb.generate import sample_image
 from noisout_nb.guidance import ClassifierFreeGuidance
@@ -79,12 +80,12 @@ print(f"saved as runs/{profile.name}/pretrained.png")
 grid
 
 # %% [markdown]
-# Now one of your own, from nothing, on the data of your profile.
+# Now train one of your own, from scratch, on the data of your profile.
 #
 # ## 1 Data ([01_data](01_data.ipynb))
 #
 # Images of one size, values in $[-1, 1]$, with the species as label. Some are held out: the network
-# never sees them.
+# is never trained on them.
 
 # %%
 data, held_out = load_data(profile), load_data(profile, "val")
@@ -98,8 +99,9 @@ image_grid(images[:16].cpu(), columns=8, alt="The first batch: sixteen flowers o
 # %% [markdown]
 # ## 2 Noise ([02_forward_process](02_forward_process.ipynb))
 #
-# Gaussian noise turns every image into noise. With $\bar\alpha_t$ falling from 1 to 0, the image at
-# timestep $t$ is $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$.
+# Gaussian noise destroys the image step by step: at timestep $t$ it is
+# $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, with $\bar\alpha_t$ falling
+# from 1 to 0.
 
 # %%
 process = GaussianDiffusion.from_config(**profile.process).to(device)
@@ -115,8 +117,8 @@ filmstrip([x_t.cpu()], column_labels=labels, arrow="the forward process", alt=al
 # %% [markdown]
 # ## 3 Network ([03_unet](03_unet.ipynb))
 #
-# A UNet takes $x_t$, $t$ and the species, and predicts the clean image $x_0$. Beside it we keep the
-# moving average of its weights, which samples better than the weights of any single step.
+# A UNet takes $x_t$, $t$ and the species, and predicts the clean image $x_0$. Beside it we keep a
+# moving average of its weights (EMA), which gives better samples than the weights of a single step.
 
 # %%
 model = UNet(**profile.network, num_classes=len(data.classes))
@@ -127,8 +129,8 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters, predicts {pro
 # %% [markdown]
 # ## 4 Training ([04_training](04_training.ipynb))
 #
-# Take a batch, random timesteps and noise; predict; step down the squared error. The samples below
-# the curve show what the network has learned so far.
+# Take a batch, random timesteps and noise; predict $x_0$; take a gradient step on the squared
+# error. The samples below the curve show what the network has learned so far.
 
 # %%
 species = torch.arange(8, device=device) % len(data.classes)
@@ -154,9 +156,9 @@ with run, Live("The loss falls, first fast, then slowly; below it, the latest sa
             break
 
 # %% [markdown]
-# The averaged weights go to a file of the profile's own, with a card that says which network they
-# belong to and how large its loss on the held-out images is. A run on photographs is published to
-# `models/`, too, if that loss is lower than the present file's.
+# The averaged weights are saved under `runs/`, with a card that names the network and its loss on
+# the held-out images. A run on photographs is also published to `models/` if that loss is lower
+# than the present file's.
 
 # %%
 if len(losses) < profile.train_steps:
@@ -174,8 +176,8 @@ if profile.dataset == "flowers102":
 # %% [markdown]
 # ## 5 Samples ([05_sampling](05_sampling.ipynb), [06_guidance](06_guidance.ipynb))
 #
-# Start from pure noise, predict the clean image, go a small step towards it, predict again. The
-# film shows $x_t$ and, below, the prediction $\hat x_0$.
+# Start from pure noise, predict the clean image, take a small step towards it, predict again. The
+# film shows $x_t$ and, below it, the prediction $\hat x_0$.
 
 # %%
 trained, process, classes = load_model(profile.weights, device)
@@ -205,8 +207,8 @@ demo = filmstrip(film, **labels, arrow="the reverse process", alt=alt)
 demo
 
 # %% [markdown]
-# `sample_image` does all of this in one call. These are the first samples of one seed, not the
-# best:
+# `sample_image` does all of this in one call. These are the first samples of one seed, not a
+# selection:
 
 # %% tags=["cover"]
 settings = guidance | {"sampler": profile.sampler, "steps": profile.sample_steps}
@@ -223,9 +225,9 @@ print(f"saved demo.png and results.png in runs/{profile.name}")
 # %% [markdown]
 # ## How good are they? ([07_evaluation](07_evaluation.ipynb))
 #
-# We compare samples with held-out images in simple statistics: the flower's size and colour and the
-# background. 0 is perfect, 1 a shift by the data's own spread. For scale: a second set of real
-# images, and noise.
+# We compare samples with held-out images in simple statistics: the flower's size, its colour and
+# the background. 0 means the same distribution, 1 a shift by one standard deviation. For scale: a
+# second set of real images, and noise.
 
 # %%
 order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
@@ -238,13 +240,13 @@ noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(5))
 # %%
 sets = {"real": second, "samples": samples, "noise": noise.clamp(-1, 1)}
 distance = {name: factor_distance(images, reference)["mean"] for name, images in sets.items()}
-alt = "Mean distance, log axis: real images lowest, the samples near them, noise far above"
-bars = {f"{count} images each": distance}
-plot_bars(bars, log_y=True, y_label="mean distance", size=(480, 260), alt=alt)
+label = f"distance to held-out images, {count} images each"
+alt = "Distance to held-out images: real images lowest, the samples near them, noise far above"
+bars(distance, x_label=label, alt=alt)
 
 # %%
 print("mean distance of the samples below 0.3:", distance["samples"] < 0.3)
 
 # %% [markdown]
-# From here: [00_quickstart](00_quickstart.ipynb) has the idea in ten minutes, and the numbered
-# notebooks take each step apart, beginning with [01_data](01_data.ipynb).
+# [00_quickstart](00_quickstart.ipynb) has the idea in ten minutes; the numbered notebooks take each
+# part in turn, beginning with [01_data](01_data.ipynb).
