@@ -83,33 +83,30 @@ def plot_loss(
 ) -> Picture:
     """The loss of every step, faint, and its moving average, strong, on a log axis.
 
-    The average is taken over a fiftieth of all steps, half of them before and half after each step
-    (fewer at both ends), so that it does not lag behind a falling loss; and over the logarithms,
-    so that on the log axis it runs through the middle of the points. `options` as for `plot_lines`.
+    The average is taken over a fiftieth of all steps, half of them before and half after each step,
+    so that it does not lag behind a falling loss (and leaves out both ends); and over the
+    logarithms, so that on the log axis it runs through the middle of the points. `options` as for
+    `plot_lines`.
 
     >>> plot_loss([1.0, 0.5, 0.3])
     loss over 3 training steps
     """
     values = vector("losses", losses)
     logarithmic = bool((values > 0).all())
-    average = _moving_average(np.log(values) if logarithmic else values, len(values) // 100)
+    reach = len(values) // 100
+    window = np.ones(2 * reach + 1) / (2 * reach + 1)
+    average = np.convolve(np.log(values) if logarithmic else values, window, mode="valid")
     steps = np.arange(1, len(values) + 1)
     curves = {
-        "moving average": (steps, np.exp(average) if logarithmic else average),
+        "moving average": (
+            steps[reach : len(values) - reach],
+            np.exp(average) if logarithmic else average,
+        ),
         "each step": (steps, values),
     }
     options = {"alt": f"{y_label} over {len(values)} training steps"} | options
     options |= {"x_label": "training step", "y_label": y_label}
     return plot_lines(curves, faint=["each step"], log_y=logarithmic, size=size, **options)
-
-
-def _moving_average(values: np.ndarray, reach: int) -> np.ndarray:
-    """The mean over `reach` values on both sides, fewer near the ends, as many on one side as on
-    the other."""
-    index = np.arange(len(values))
-    reaches = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
-    sums = np.concatenate([[0.0], values.cumsum()])
-    return (sums[index + reaches + 1] - sums[index - reaches]) / (2 * reaches + 1)
 
 
 def plot_histograms(

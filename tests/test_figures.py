@@ -22,7 +22,6 @@ from noisout_nb.figures import (
     save_images,
     stack,
 )
-from noisout_nb.plots import _moving_average
 
 
 def noise(*shape):
@@ -138,21 +137,22 @@ def test_only_a_plot_can_be_marked():
 
 
 def test_the_moving_average_runs_through_the_points_not_above_them():
-    steps = np.arange(3000)
-    falling = 2.0 * np.exp(-steps / 300) + 1e-3
-    average = np.exp(_moving_average(np.log(falling), 30))
-    assert abs(average / falling - 1).max() < 2e-3, "no lag where the loss falls"
-    assert average[0] == falling[0] and abs(average[-1] / falling[-1] - 1) < 1e-12
+    def curves(losses):
+        lines = plot_loss(losses.tolist()).axes.get_lines()
+        return {line.get_label(): line.get_xydata().T for line in lines}
+
+    falling = 2.0 * np.exp(-np.arange(3000) / 300) + 1e-3
+    x, average = curves(falling)["moving average"]
+    assert x[0] == 31 and x[-1] == 2970, "no ends, where fewer points would be averaged"
+    assert abs(average / falling[30:-30] - 1).max() < 2e-3, "no lag where the loss falls"
     noisy = falling * np.random.default_rng(0).lognormal(0, 1, 3000)
-    average = np.exp(_moving_average(np.log(noisy), 30))
-    assert 0.45 < (noisy > average).mean() < 0.55, "half of the points lie on each side"
-    for i, reach in ((0, 0), (5, 5), (1500, 30), (2990, 9), (2999, 0)):
-        around = np.log(noisy[i - reach : i + reach + 1])
-        assert np.isclose(average[i], np.exp(around.mean())), "as many points on each side"
-    drawn = {line.get_label(): line for line in plot_loss(noisy.tolist()).axes.get_lines()}
-    assert np.allclose(drawn["moving average"].get_ydata(), average)
-    assert np.allclose(drawn["each step"].get_ydata(), noisy)
-    assert drawn["each step"].get_xdata()[0] == 1
+    drawn = curves(noisy)
+    average = drawn["moving average"][1]
+    assert 0.45 < (noisy[30:-30] > average).mean() < 0.55, "half of the points lie on each side"
+    for step in (31, 1500, 2970):
+        around = np.log(noisy[step - 31 : step + 30])
+        assert np.isclose(average[step - 31], np.exp(around.mean())), "as many on each side"
+    assert np.allclose(drawn["each step"], [np.arange(1, 3001), noisy])
 
 
 def test_losses_below_zero_and_a_single_one_are_drawn_too():
