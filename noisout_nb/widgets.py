@@ -22,7 +22,7 @@ from .progress import recording
 REMEMBERED = 256  # figures of all explorers, each some 50 kB
 AHEAD = 64  # frames of a film that are drawn before they are asked for
 PAUSE = 0.1  # seconds without a move before each of them
-SLOW = 0.3  # seconds; where a frame takes longer, no further one is drawn ahead
+SLOW = 1.0  # seconds; where a frame takes longer, no further one is drawn ahead
 
 
 class _Image(widgets.Image):
@@ -80,7 +80,8 @@ class Explorer(Slot):
 
     def __init__(self, draw: Callable, play: str = "", **controls: Any):
         self._draw, self._play, self._controls = draw, play, controls
-        self._loop, self._moves = _running_loop(), 0
+        self._loop: Any = _running_loop()
+        self._moves = 0
         hidden = {"visibility": "hidden", "height": "12px"}
         self._bar: Any = widgets.FloatProgress(max=1, layout=hidden)
         self._message: Any = widgets.HTML()
@@ -89,6 +90,7 @@ class Explorer(Slot):
             control.observe(self._moved, "value")
         row = [*controls.values()]
         if play:
+            controls[play].add_class("noisout-film")
             row.insert(0, _play_button(controls[play]))
         row = widgets.Box(row, layout={"flex_flow": "row wrap", "align_items": "center"})
         super().__init__([row, self._bar, self._message])
@@ -144,8 +146,11 @@ class Explorer(Slot):
             text = html.escape(f"{type(error).__name__}: {error}")
             self._message.value = f'<p role="alert" style="color: #b3261e">{text}</p>'
         self._bar.layout.visibility = "hidden"
-        if self._play and self._loop:
-            self._loop.call_soon_threadsafe(self._draw_later, self._near(), self._moves)
+        if self._play and self._loop and self._loop.is_running():
+            self._loop.call_soon_threadsafe(self._draw_later, self._near(), self._now())
+
+    def _now(self) -> tuple[int, int]:
+        return self._moves, _cells_run()
 
     def _near(self) -> Iterator[dict[str, Any]]:
         """The values of the film's other frames, those nearest to the present one first."""
@@ -154,12 +159,12 @@ class Explorer(Slot):
         near = sorted(stops, key=lambda stop: (abs(stop - at), -stop))
         return iter([others | {self._play: stop} for stop in near[1 : AHEAD + 1]])
 
-    def _draw_later(self, frames: Iterator, moves: int) -> None:
-        self._loop.call_later(PAUSE, self._draw_ahead, frames, moves, _cells_run())
+    def _draw_later(self, frames: Iterator, asked: tuple) -> None:
+        self._loop.call_later(PAUSE, self._draw_ahead, frames, asked)
 
-    def _draw_ahead(self, frames: Iterator, moves: int, cells_run: int) -> None:
+    def _draw_ahead(self, frames: Iterator, asked: tuple) -> None:
         """Draw the next of the frames, unless something has moved or a cell was run since."""
-        if (moves, cells_run) != (self._moves, _cells_run()):
+        if asked != self._now():
             return
         if not _drawing.acquire(blocking=False):
             return
@@ -172,7 +177,7 @@ class Explorer(Slot):
             self._bar.layout.visibility = "hidden"
             _drawing.release()
         if time.monotonic() - start < SLOW:
-            self._draw_later(frames, moves)
+            self._draw_later(frames, asked)
 
 
 _frames: OrderedDict[tuple | None, tuple[Picture, bytes]] = OrderedDict()  # the last ones used

@@ -2,7 +2,8 @@
 
     python -m pytest tests/browser.py            needs Debian's chromium and chromium-driver
 
-Screenshots of every page, in the light and the dark theme, are left in runs/browser/.
+Screenshots of every page, in the light and the dark theme, are left in runs/browser/. The sliders
+that a play button moves show frames that are computed already: their moves are timed.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import secrets
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -37,6 +39,7 @@ if not (CHROMIUM and DRIVER):
     pytest.skip(missing, allow_module_level=True)
 
 SHOTS = ROOT / "runs" / "browser"
+FILM = 100  # milliseconds that a frame computed already may take on an idle machine
 BADGES = ("colab.research.google.com", "mybinder.org")  # all that a page asks other hosts for
 TOKEN = secrets.token_hex(16)  # of the server, for this run
 SETTINGS = {
@@ -141,12 +144,17 @@ def page(lab, tmp_path):
     driver.quit()
 
 
+def slowness():
+    """How many times slower than an idle machine this one is now."""
+    return time_limit() / CELL_SECONDS
+
+
 class Page:
     """A notebook in JupyterLab."""
 
     def __init__(self, driver, address, runs):
         self.driver, self.address, self.runs = driver, address, runs
-        self.slowness = time_limit() / CELL_SECONDS
+        self.slowness = slowness()
 
     def find(self, css, within=None):
         return (within or self.driver).find_elements(By.CSS_SELECTOR, css)
@@ -293,6 +301,16 @@ def moves(page, slot):
         yield "play: click", play.click
 
 
+def turn_the_film(page, slot, handle):
+    """Step back frame by frame; the first step is drawn when asked for, as it tells that somebody
+    is there, and the others come from what the idle kernel has drawn since."""
+    back = partial(handle.send_keys, Keys.ARROW_LEFT)
+    first, *others = (page.after(slot, back, "a frame of the film") for _ in range(8))
+    limit = FILM * slowness()
+    print(f"film: {first:.0f} ms, then {[round(t) for t in others]}, limit {limit:.0f} ms")
+    assert statistics.median(others) < limit
+
+
 @pytest.mark.parametrize("name", names())
 def test_notebook(page, name):
     page.open(name)
@@ -308,6 +326,8 @@ def test_notebook(page, name):
     for number, slot in enumerate(slots):
         page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", slot)
         assert page.find("img", slot)[0].get_attribute("title"), "an image without a description"
+        for handle in page.find(".noisout-film .noUi-handle", slot):
+            turn_the_film(page, slot, handle)
         for what, act in moves(page, slot):
             print(f"{name}, {what}: {page.after(slot, act, what):.0f} ms")
             alerts = page.find("[role=alert]", slot)
