@@ -20,7 +20,7 @@ from .picture import Picture
 from .progress import recording
 
 REMEMBERED = 256  # figures of all explorers, each some 50 kB
-AHEAD = 64  # frames of a film that are drawn before they are asked for
+AHEAD = 16  # frames of a film that are drawn before they are asked for, half on either side
 PAUSE = 0.1  # seconds without a move before each of them
 SLOW = 1.0  # seconds; where a frame takes longer, no further one is drawn ahead
 
@@ -73,7 +73,7 @@ class Explorer(Slot):
     errors are raised; later errors are shown above the figure.
 
     Until you run another cell, the same values show the same figure without calling `draw` again.
-    Once something has moved, a film's other frames are drawn while the kernel is idle.
+    Once something has moved, a film's next frames are drawn while the kernel is idle.
 
     Raises ValueError where `draw` gives no `Picture`.
     """
@@ -153,7 +153,7 @@ class Explorer(Slot):
         return self._moves, _cells_run()
 
     def _near(self) -> Iterator[dict[str, Any]]:
-        """The values of the film's other frames, those nearest to the present one first."""
+        """The values of the film's next frames, those nearest to the present one first."""
         slider, others = self._controls[self._play], self._values()
         at, stops = slider.value, range(slider.min, slider.max + 1, slider.step)
         near = sorted(stops, key=lambda stop: (abs(stop - at), -stop))
