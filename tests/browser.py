@@ -303,7 +303,10 @@ def moves(page, slot):
 
 
 def turn_the_film(page, slot, handle):
-    """Step back; look at each frame as long as the idle kernel needs to draw the next ones."""
+    """Step back; look at each frame as long as the idle kernel needs to draw the next ones.
+
+    The first frame is drawn when it is asked for: on a busy machine half its time is the limit.
+    """
     back = partial(handle.send_keys, Keys.ARROW_LEFT)
     first = page.after(slot, back, "a frame of the film")
     drawing = PAUSE + first / 1000
@@ -312,7 +315,7 @@ def turn_the_film(page, slot, handle):
     for _ in range(7):
         others.append(page.after(slot, back, "the next frame"))
         time.sleep(drawing)
-    limit = FILM * slowness()
+    limit = max(FILM * slowness(), first / 2)
     print(f"film: {first:.0f} ms, then {[round(t) for t in others]}, limit {limit:.0f} ms")
     assert statistics.median(others) < limit
 
