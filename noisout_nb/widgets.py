@@ -1,9 +1,12 @@
 """What moves in a notebook: a figure behind controls, and a figure that follows a loop."""
 
+import asyncio
 import html
+import io
 import signal
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,9 +14,15 @@ import ipywidgets as widgets
 import traitlets
 from IPython import get_ipython  # pyright: ignore[reportPrivateImportUsage]
 from IPython.display import display
+from PIL import Image
 
 from .picture import Picture
 from .progress import recording
+
+REMEMBERED = 256  # figures of all explorers, each some 50 kB
+AHEAD = 16  # frames of a film that are drawn before they are asked for, half on either side
+PAUSE = 0.1  # seconds without a move before each of them
+SLOW = 1.0  # seconds; where a frame takes longer, no further one is drawn ahead
 
 
 class _Image(widgets.Image):
@@ -34,12 +43,12 @@ class Slot(widgets.VBox):
         super().__init__([*above, self._image])
         self.add_class("noisout-slot")
 
-    def show(self, picture: Picture) -> None:
-        """Replace the figure."""
+    def show(self, picture: Picture, png: bytes | None = None) -> None:
+        """Replace the figure. `png`: the picture's PNG, where it is known."""
         self.picture = picture
         with self._image.hold_sync():  # one message instead of three
             self._image.width, self._image.tooltip = str(picture.width), picture.alt
-            self._image.value = picture.png(compress_level=1)
+            self._image.value = png or picture.png(compress_level=1)
 
     def _repr_mimebundle_(self, **kwargs) -> Any:
         if self.picture is None:
@@ -60,14 +69,19 @@ class Explorer(Slot):
     `draw` returns a `Picture`, or is a generator that yields how much is done, 0 to 1, shown as a
     bar, and at last the `Picture`. `controls`: any widgets with a `value`, labelled with their
     names where they have no description; `Again` is a button for them. `play`: the name of a slider
-    that a play button moves. The first figure is drawn at once, and its errors are raised; later
-    errors are shown above the figure.
+    over the frames of a film, which a play button moves. The first figure is drawn at once, and its
+    errors are raised; later errors are shown above the figure.
+
+    Until you run another cell, the same values show the same figure without calling `draw` again.
+    Once something has moved, a film's next frames are drawn while the kernel is idle.
 
     Raises ValueError where `draw` gives no `Picture`.
     """
 
     def __init__(self, draw: Callable, play: str = "", **controls: Any):
-        self._draw, self._controls = draw, controls
+        self._draw, self._play, self._controls = draw, play, controls
+        self._loop: Any = _running_loop()
+        self._moves = 0
         hidden = {"visibility": "hidden", "height": "12px"}
         self._bar: Any = widgets.FloatProgress(max=1, layout=hidden)
         self._message: Any = widgets.HTML()
@@ -76,13 +90,17 @@ class Explorer(Slot):
             control.observe(self._moved, "value")
         row = [*controls.values()]
         if play:
+            controls[play].add_class("noisout-film")
             row.insert(0, _play_button(controls[play]))
         row = widgets.Box(row, layout={"flex_flow": "row wrap", "align_items": "center"})
         super().__init__([row, self._bar, self._message])
-        self._draw_now()
+        self.show(self._drawn(self._values()))
 
-    def _draw_now(self) -> None:
-        drawn = self._draw(**{name: control.value for name, control in self._controls.items()})
+    def _values(self) -> dict[str, Any]:
+        return {name: control.value for name, control in self._controls.items()}
+
+    def _drawn(self, values: dict[str, Any]) -> Picture:
+        drawn = self._draw(**values)
         if isinstance(drawn, Iterator):
             steps, drawn = drawn, None
             for drawn in steps:
@@ -92,16 +110,90 @@ class Explorer(Slot):
             raise ValueError(
                 f"there is nothing to show: the function that draws gave {drawn!r}, not a Picture"
             )
-        self.show(drawn)
+        return drawn
+
+    def _key(self, values: dict[str, Any]) -> tuple | None:
+        """What a figure is remembered by; a cell may change what is drawn, so it ends with it."""
+        key = (self, _cells_run(), *values.values())
+        try:
+            hash(key)
+        except TypeError:  # the value of a file upload, for instance
+            return None
+        return key
+
+    def _frame(self, values: dict[str, Any]) -> tuple[Picture, bytes]:
+        """The picture and its PNG, drawn or remembered."""
+        key = self._key(values)
+        if key in _frames:
+            _frames.move_to_end(key)
+            return _frames[key]
+        picture = self._drawn(values)
+        png = picture.png(compress_level=1)
+        picture = Picture(Image.open(io.BytesIO(png)), picture.alt)  # its pixels, once needed
+        if key is not None:
+            _frames[key] = picture, png
+        while len(_frames) > REMEMBERED:
+            _frames.popitem(last=False)
+        return picture, png
 
     def _moved(self, change) -> None:
+        self._moves += 1
         try:
             self._message.value = ""
-            self._draw_now()
+            with _drawing:
+                self.show(*self._frame(self._values()))
         except Exception as error:  # in a callback it would end in a log that nobody reads
             text = html.escape(f"{type(error).__name__}: {error}")
             self._message.value = f'<p role="alert" style="color: #b3261e">{text}</p>'
         self._bar.layout.visibility = "hidden"
+        if self._play and self._loop and self._loop.is_running():
+            self._loop.call_soon_threadsafe(self._draw_later, self._near(), self._now())
+
+    def _now(self) -> tuple[int, int]:
+        return self._moves, _cells_run()
+
+    def _near(self) -> Iterator[dict[str, Any]]:
+        """The values of the film's next frames, those nearest to the present one first."""
+        slider, others = self._controls[self._play], self._values()
+        at, stops = slider.value, range(slider.min, slider.max + 1, slider.step)
+        near = sorted(stops, key=lambda stop: (abs(stop - at), -stop))
+        return iter([others | {self._play: stop} for stop in near[1 : AHEAD + 1]])
+
+    def _draw_later(self, frames: Iterator, asked: tuple) -> None:
+        self._loop.call_later(PAUSE, self._draw_ahead, frames, asked)
+
+    def _draw_ahead(self, frames: Iterator, asked: tuple) -> None:
+        """Draw the next of the frames, unless something has moved or a cell was run since."""
+        if asked != self._now():
+            return
+        if not _drawing.acquire(blocking=False):
+            return
+        start = time.monotonic()
+        try:
+            self._frame(next(v for v in frames if (key := self._key(v)) and key not in _frames))
+        except Exception:  # no more frames; or an error, to be told when the frame is asked for
+            return
+        finally:
+            self._bar.layout.visibility = "hidden"
+            _drawing.release()
+        if time.monotonic() - start < SLOW:
+            self._draw_later(frames, asked)
+
+
+_frames: OrderedDict[tuple | None, tuple[Picture, bytes]] = OrderedDict()  # the last ones used
+_drawing = threading.RLock()  # some kernels handle moves in a thread, and matplotlib is for one
+
+
+def _cells_run() -> int:
+    return getattr(get_ipython(), "execution_count", 0)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """A notebook's event loop; None in a script."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _play_button(slider: Any) -> widgets.Play:

@@ -137,7 +137,9 @@ def assemble(modules: Path | None) -> None:
     pages = {name: text.replace("](../", "](") for name, text in pages.items()}
     for name in ("results.png", "demo.png"):
         shutil.copy(ROOT / name, SOURCE)
-    shutil.copy(ROOT / "models" / "README.md", SOURCE / "models")
+    card_of_models = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    unbroken = card_of_models.replace(" ± ", "\u00a0±\u00a0")  # a value and its error, in one line
+    (SOURCE / "models" / "README.md").write_text(unbroken, encoding="utf-8")
     shutil.copytree(SITE / "_static", SOURCE / "_static")
     shutil.copytree(NOTEBOOKS / "images", SOURCE / "notebooks" / "images")
     cards = {}
