@@ -89,7 +89,8 @@ def _with_labels(
     """A figure of the canvas's size holds what stands around it; the canvas is pasted at the
     end."""
     inches = canvas.width / DPI / RATIO, canvas.height / DPI / RATIO
-    figure = Figure(figsize=inches, dpi=DPI * RATIO, layout="none")
+    figure = Figure(figsize=inches, dpi=DPI * RATIO)
+    figure.set_layout_engine("none")
     across, up = 1 / 72 / inches[0], 1 / 72 / inches[1]  # one point, in parts of the figure
     for i, label in enumerate(column_labels):
         middle = _middle(i, len(column_labels), canvas.width)

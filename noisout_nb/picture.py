@@ -2,8 +2,9 @@
 
 import io
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -43,12 +44,20 @@ class Picture:
     """An image and its description: what every figure function returns, and a cell may end with.
 
     `image`: the PIL image, shown at 1 / RATIO of its size; `alt`: the words, also its `repr`;
-    `axes`: a plot's matplotlib axes, else None.
+    `axes`: a plot's matplotlib axes, else None. `colors`: store at most that many, up to 256; lines
+    and words look the same in a third of the bytes.
     """
 
-    def __init__(self, image: Image.Image, alt: str):
-        self.image, self.alt, self.width = image, alt, image.width // RATIO
-        self.axes: Any = None
+    def __init__(self, image: Image.Image, alt: str, colors: int | None = None):
+        self._drawn, self.alt, self.width = image, alt, image.width // RATIO
+        self.colors, self.axes = colors, cast(Any, None)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The PIL image, in as few colours as asked for."""
+        if self.colors is None:
+            return self._drawn
+        return self._drawn.quantize(self.colors, dither=Image.Dither.NONE)
 
     @classmethod
     def from_figure(
@@ -56,21 +65,19 @@ class Picture:
     ) -> "Picture":
         """A `matplotlib.figure.Figure` (one of pyplot's would be shown a second time).
 
-        `options` go to its `savefig`. `colors`: store at most that many, up to 256; lines and words
-        look the same in a third of the bytes.
+        `options` go to its `savefig`.
         """
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=DPI * RATIO, pil_kwargs={"compress_level": 1}, **options)
-        image = Image.open(buffer).convert("RGB")
-        return cls(image.quantize(colors, dither=Image.Dither.NONE) if colors else image, alt)
+        return cls(Image.open(buffer).convert("RGB"), alt, colors)
 
-    def png(self, compress_level: int | None = None) -> bytes:
-        """The PNG's bytes; same pixels, same bytes. Large images are compressed less, to save
-        time."""
-        if compress_level is None:
-            compress_level = 6 if self.image.width * self.image.height < 4_000_000 else 1
+    def png(self, fast: bool = False) -> bytes:
+        """The PNG's bytes; same pixels, same bytes. Large images are compressed less, to save time;
+        with `fast` all are, and keep their colours: for what a slider moves."""
+        image = self._drawn if fast else self.image
+        large = image.width * image.height >= 4_000_000
         buffer = io.BytesIO()
-        self.image.save(buffer, "PNG", compress_level=compress_level)  # no version, no date
+        image.save(buffer, "PNG", compress_level=1 if fast or large else 6)  # no version, no date
         return buffer.getvalue()
 
     def marked(self, x: float, y: float | None = None) -> "Picture":

@@ -1,13 +1,12 @@
 """What moves in a notebook: a figure behind controls, and a figure that follows a loop."""
 
-import asyncio
 import html
 import io
 import signal
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import ipywidgets as widgets
@@ -19,10 +18,7 @@ from PIL import Image
 from .picture import Picture
 from .progress import recording
 
-REMEMBERED = 256  # figures of all explorers, each some 50 kB
-AHEAD = 16  # frames of a film that are drawn before they are asked for, half on either side
-PAUSE = 0.1  # seconds without a move before each of them
-SLOW = 1.0  # seconds; where a frame takes longer, no further one is drawn ahead
+REMEMBERED = 100  # figures of an explorer, each some 50 kB
 
 
 class _Image(widgets.Image):
@@ -48,7 +44,7 @@ class Slot(widgets.VBox):
         self.picture = picture
         with self._image.hold_sync():  # one message instead of three
             self._image.width, self._image.tooltip = str(picture.width), picture.alt
-            self._image.value = png or picture.png(compress_level=1)
+            self._image.value = png or picture.png(fast=True)
 
     def _repr_mimebundle_(self, **kwargs) -> Any:
         if self.picture is None:
@@ -69,19 +65,16 @@ class Explorer(Slot):
     `draw` returns a `Picture`, or is a generator that yields how much is done, 0 to 1, shown as a
     bar, and at last the `Picture`. `controls`: any widgets with a `value`, labelled with their
     names where they have no description; `Again` is a button for them. `play`: the name of a slider
-    over the frames of a film, which a play button moves. The first figure is drawn at once, and its
-    errors are raised; later errors are shown above the figure.
-
-    Until you run another cell, the same values show the same figure without calling `draw` again.
-    Once something has moved, a film's next frames are drawn while the kernel is idle.
+    that a play button moves. The first figure is drawn at once, and its errors are raised; later
+    errors are shown above the figure. Until another cell is run, the same values show the same
+    figure without calling `draw` again.
 
     Raises ValueError where `draw` gives no `Picture`.
     """
 
     def __init__(self, draw: Callable, play: str = "", **controls: Any):
-        self._draw, self._play, self._controls = draw, play, controls
-        self._loop: Any = _running_loop()
-        self._moves = 0
+        self._draw, self._controls = draw, controls
+        self._remembered = lru_cache(REMEMBERED, typed=True)(self._frame)
         hidden = {"visibility": "hidden", "height": "12px"}
         self._bar: Any = widgets.FloatProgress(max=1, layout=hidden)
         self._message: Any = widgets.HTML()
@@ -90,16 +83,15 @@ class Explorer(Slot):
             control.observe(self._moved, "value")
         row = [*controls.values()]
         if play:
-            controls[play].add_class("noisout-film")
             row.insert(0, _play_button(controls[play]))
         row = widgets.Box(row, layout={"flex_flow": "row wrap", "align_items": "center"})
         super().__init__([row, self._bar, self._message])
-        self.show(self._drawn(self._values()))
+        self.show(self._drawn(**self._values()))
 
     def _values(self) -> dict[str, Any]:
         return {name: control.value for name, control in self._controls.items()}
 
-    def _drawn(self, values: dict[str, Any]) -> Picture:
+    def _drawn(self, **values) -> Picture:
         drawn = self._draw(**values)
         if isinstance(drawn, Iterator):
             steps, drawn = drawn, None
@@ -112,88 +104,30 @@ class Explorer(Slot):
             )
         return drawn
 
-    def _key(self, values: dict[str, Any]) -> tuple | None:
-        """What a figure is remembered by; a cell may change what is drawn, so it ends with it."""
-        key = (self, _cells_run(), *values.values())
-        try:
-            hash(key)
-        except TypeError:  # the value of a file upload, for instance
-            return None
-        return key
-
-    def _frame(self, values: dict[str, Any]) -> tuple[Picture, bytes]:
-        """The picture and its PNG, drawn or remembered."""
-        key = self._key(values)
-        if key in _frames:
-            _frames.move_to_end(key)
-            return _frames[key]
-        picture = self._drawn(values)
-        png = picture.png(compress_level=1)
-        picture = Picture(Image.open(io.BytesIO(png)), picture.alt)  # its pixels, once needed
-        if key is not None:
-            _frames[key] = picture, png
-        while len(_frames) > REMEMBERED:
-            _frames.popitem(last=False)
-        return picture, png
+    def _frame(self, cells_run: int, **values) -> tuple[bytes, str, int | None]:
+        """What to remember of a figure: its pixels would take fifty times as much memory."""
+        picture = self._drawn(**values)
+        return picture.png(fast=True), picture.alt, picture.colors
 
     def _moved(self, change) -> None:
-        self._moves += 1
+        values = self._values()
+        frame = self._remembered if _hashable(values) else self._frame
         try:
             self._message.value = ""
-            with _drawing:
-                self.show(*self._frame(self._values()))
+            png, alt, colors = frame(getattr(get_ipython(), "execution_count", 0), **values)
+            self.show(Picture(Image.open(io.BytesIO(png)), alt, colors), png)
         except Exception as error:  # in a callback it would end in a log that nobody reads
             text = html.escape(f"{type(error).__name__}: {error}")
             self._message.value = f'<p role="alert" style="color: #b3261e">{text}</p>'
         self._bar.layout.visibility = "hidden"
-        if self._play and self._loop and self._loop.is_running():
-            self._loop.call_soon_threadsafe(self._draw_later, self._near(), self._now())
-
-    def _now(self) -> tuple[int, int]:
-        return self._moves, _cells_run()
-
-    def _near(self) -> Iterator[dict[str, Any]]:
-        """The values of the film's next frames, those nearest to the present one first."""
-        slider, others = self._controls[self._play], self._values()
-        at, stops = slider.value, range(slider.min, slider.max + 1, slider.step)
-        near = sorted(stops, key=lambda stop: (abs(stop - at), -stop))
-        return iter([others | {self._play: stop} for stop in near[1 : AHEAD + 1]])
-
-    def _draw_later(self, frames: Iterator, asked: tuple) -> None:
-        self._loop.call_later(PAUSE, self._draw_ahead, frames, asked)
-
-    def _draw_ahead(self, frames: Iterator, asked: tuple) -> None:
-        """Draw the next of the frames, unless something has moved or a cell was run since."""
-        if asked != self._now():
-            return
-        if not _drawing.acquire(blocking=False):
-            return
-        start = time.monotonic()
-        try:
-            self._frame(next(v for v in frames if (key := self._key(v)) and key not in _frames))
-        except Exception:  # no more frames; or an error, to be told when the frame is asked for
-            return
-        finally:
-            self._bar.layout.visibility = "hidden"
-            _drawing.release()
-        if time.monotonic() - start < SLOW:
-            self._draw_later(frames, asked)
 
 
-_frames: OrderedDict[tuple | None, tuple[Picture, bytes]] = OrderedDict()  # the last ones used
-_drawing = threading.RLock()  # some kernels handle moves in a thread, and matplotlib is for one
-
-
-def _cells_run() -> int:
-    return getattr(get_ipython(), "execution_count", 0)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    """A notebook's event loop; None in a script."""
+def _hashable(values: dict[str, Any]) -> bool:
     try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+        hash(tuple(values.values()))
+    except TypeError:  # of a file upload, for instance
+        return False
+    return True
 
 
 def _play_button(slider: Any) -> widgets.Play:
