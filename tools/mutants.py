@@ -133,7 +133,11 @@ MODULES = [
         "forward_process.py",
         "tests/test_flow_matching.py",
         ("gaussian_diffusion", "alpha_bar = (1 - s) ** 2 /", "alpha_bar = (1 - s) /"),
-        ("says_how", '"straight": straight_beta_schedule,', '"straight": cosine_beta_schedule,'),
+        (
+            "gaussian_diffusion",
+            '"straight": straight_beta_schedule,',
+            '"straight": cosine_beta_schedule,',
+        ),
     ),
     (
         "training.py",

@@ -402,16 +402,17 @@ with train(beginner, process, batches, EMA(beginner), **settings) as run:
 beginner.eval()
 
 # %%
-rows = {"the worse one": sampled(beginner, start(6, 5, shape), six, process)}
+three = torch.tensor([0, 3, 4], device=device)
+rows = {"the worse one": sampled(beginner, start(3, 5, shape), three, process)}
 for s in (1.0, 1.3, 1.6):
     wrapper = AutoGuidance(model, beginner, s)
-    rows[f"scale {s:g}"] = sampled(wrapper, start(6, 5, shape), six, process)
+    rows[f"scale {s:g}"] = sampled(wrapper, start(3, 5, shape), three, process)
 filmstrip(
     list(rows.values()),
     row_labels=list(rows),
-    column_labels=[classes[label] for label in six],
+    column_labels=[classes[label] for label in three],
     scale=2,
-    alt="Six species by the worse network, coloured blobs, and by the good one guided by it: at "
+    alt="Three species by the worse network, coloured blobs, and by the good one guided by it: at "
     "scale 1 flowers, at 1.3 the same ones, crisper, at 1.6 with hard edges on dark backgrounds",
 )
 
@@ -467,7 +468,7 @@ batches = Batches(data, 32, flip=profile.flip, device=device)
 options = {"steps": 250, "learning_rate": 3e-3, "label_smoothing": 0.1, "process": process}
 losses = [step.loss for step in train_classifier(classifier, batches, **options)]
 classifier.eval().requires_grad_(False)
-plot_loss(losses, y_label="cross-entropy", size=(720, 220))
+plot_loss(losses, y_label="cross-entropy", size=(720, 180))
 
 # %%
 order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:96]

@@ -589,16 +589,16 @@ print(f"the loss of train {by_train:.2f}, of flow matching {by_flow:.2f}")
 
 # %%
 networks |= {"x_0, 7,000 steps": from_scratch, "diffusion network": flow}
-rows, four = [], torch.arange(4, device=device)
+rows, three = [], torch.arange(3, device=device)
 for net in list(networks.values())[:3]:
-    *_, last = flow_euler(net, path, noise(4, 1), four, steps=16)
+    *_, last = flow_euler(net, path, noise(3, 1), three, steps=16)
     rows.append(last.x.cpu())
 image_grid(
     torch.cat(rows),
-    columns=4,
+    columns=3,
     scale=2,
     row_labels=list(networks)[:3],
-    alt="Four species by Euler's method. The velocity as output, 60 steps: noise, with a trace of "
+    alt="Three species by Euler's method. The velocity as output, 60 steps: noise, with a trace of "
     "colour. x_0 as output, 60 steps: smooth blobs in the right colours. 7,000 steps: flowers",
 )
 
@@ -636,7 +636,7 @@ print("the last two differ by more than 3 standard errors:", certain)
 # evenly in $t$ with the diffusion network; Euler evenly in $s$ with the same network, where only
 # the spacing differs; and Euler with the network that was trained as a flow. `factor_distance`
 # (notebook 01) compares sizes, colours and backgrounds with those of held-out flowers; six seeds of
-# 12 images.
+# 12 images. The dashed line is the distance of 12 held-out flowers.
 
 # %%
 calls, seeds = (1, 2, 4, 8, 16, 32), range(6)
@@ -686,7 +686,7 @@ def plot_table(names, alt):
         y_label="distance to held-out",
         log_x=True,
         markers=True,
-        hlines={"12 held-out flowers": real.mean()},
+        hlines={"": real.mean()},
         alt=alt,
     )
 
@@ -828,7 +828,7 @@ for n in (1, 2, 4, 8):
 plot_table(
     ["diffusion, Euler", "rectified, Euler"],
     "Distance against calls: with one call the rectified flow is far below the flow, which meets "
-    "it between 2 and 8 calls",
+    "it between 4 and 8 calls",
 )
 
 # %%
@@ -838,18 +838,19 @@ bars(
     errors={name: error for name, (_, error) in gap.items()},
     x_label="distance of the flow, minus that of the rectified one, +- one standard error",
     number="{:.3f}",
-    alt="@@RECT",
+    alt="How much nearer rectified samples are: 0.12 with one call, 0.07 with two, 0.01 with four; "
+    "with eight about 0",
 )
 
 # %%
-rows, few = ("diffusion, Euler", "rectified, Euler"), (1, 2, 4, 8)
+rows, few = ("diffusion, Euler", "rectified, Euler"), (1, 2, 8)
 image_grid(
     [images[name, n][3] for name in rows for n in few],
-    columns=4,
+    columns=3,
     scale=2,
     row_labels=["the flow", "rectified"],
     column_labels=[f"{n} call{'s'[: n > 1]}" for n in few],
-    alt="A flower in 1, 2, 4 and 8 calls. The flow: blurred with one call, sharp with more; "
+    alt="A flower in 1, 2 and 8 calls. The flow: blurred with one call, sharp with more; "
     "rectified: sharp petals from the first call on",
 )
 
