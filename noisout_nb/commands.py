@@ -199,6 +199,7 @@ def _finish(model, process, ema, held_out, profile: Profile, publishing: bool) -
                 "held_out_loss": loss,
                 "weighting": profile.weighting,
                 "max_weight": profile.max_weight,
+                "timestep_density": profile.timestep_density,
             }
             save_model(model, profile.weights, process, held_out.classes, **facts)
             print(f"held-out loss {loss:.5f}; weights: {profile.weights}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward_process import GaussianDiffusion, check_integer
+from .losses import logit_normal_timesteps
 from .sampling import State
 from .unet import check_labels, evaluating
 
@@ -74,20 +75,15 @@ class StraightPath:
                 f"mean is {mean} and std {std}: both must be finite, and std positive; 0 and 1 are "
                 "the usual ones"
             )
-        device = None if generator is None else generator.device
-        s = torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=device))
-        return (s * self.timesteps).ceil().long().sub(1).clamp(0, self.timesteps - 1)
+        return logit_normal_timesteps(count, self.timesteps, mean, std, generator)
 
     def as_diffusion(self, prediction: str = "v") -> GaussianDiffusion:
         """The same path as a Gaussian diffusion: x_s / r with r = sqrt((1 - s)^2 + s^2).
 
-        Its alpha_bar is ((1 - s) / r)^2. At s = 1 it would be 0, for which no beta below 1 exists:
-        there the last beta is 1 - 1e-6.
+        Its schedule is "straight", so `train` takes it too: with the weighting "flow" and
+        logit-normal timesteps a step's loss is `flow_matching_loss` of `AsVelocity(model, ...)`.
         """
-        s = torch.arange(1, self.timesteps + 1, dtype=torch.float64) / self.timesteps
-        alpha_bar = (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        return GaussianDiffusion((1 - alpha_bar / previous).clamp(max=1 - 1e-6), prediction)
+        return GaussianDiffusion.from_config("straight", self.timesteps, prediction)
 
 
 def flow_matching_loss(

@@ -71,7 +71,24 @@ def cosine_beta_schedule(timesteps: int = 1000, s: float = 0.008) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
+def straight_beta_schedule(timesteps: int = 1000) -> Tensor:
+    """Betas of flow matching's path (1 - s) x_0 + s eps with s = (t + 1) / T: float64 (timesteps,).
+
+    Divided by its length r = sqrt((1 - s)^2 + s^2) it has alpha_bar = ((1 - s) / r)^2. At s = 1
+    that would be 0, for which no beta below 1 exists: there the last beta is 1 - 1e-6.
+    """
+    timesteps = check_integer("timesteps", timesteps, 1)
+    s = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
+    alpha_bar = (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return (1 - alpha_bar / previous).clamp(max=1 - 1e-6)
+
+
+SCHEDULES = {
+    "linear": linear_beta_schedule,
+    "cosine": cosine_beta_schedule,
+    "straight": straight_beta_schedule,
+}
 
 
 class GaussianDiffusion(nn.Module):

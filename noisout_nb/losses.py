@@ -20,8 +20,26 @@ WEIGHTINGS = {  # of the squared error of x_0, as functions of the signal-to-noi
     "snr+1": lambda snr: snr + 1,  # of one that predicts v
     "truncated-snr": lambda snr: snr.clamp(min=1),  # Salimans & Ho 2022
     "min-snr-5": lambda snr: snr.clamp(max=5),  # Hang et al. 2023
+    "flow": lambda snr: (snr.sqrt() + 1) ** 2,  # of the velocity, whose error is that of x_0 / s
 }
 _OWN_WEIGHTINGS = {"eps": "snr", "v": "snr+1", "x0": "x0"}
+TIMESTEP_DENSITIES = ("uniform", "logit-normal")
+
+
+def logit_normal_timesteps(
+    count: int,
+    timesteps: int,
+    mean: float = 0.0,
+    std: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """int64 (count,) timesteps in 0..timesteps-1 with logit((t + 1) / timesteps) ~ N(mean, std^2).
+
+    So few lie near either end (Esser et al. 2024, sec. 3.1).
+    """
+    device = None if generator is None else generator.device
+    s = torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=device))
+    return (s * timesteps).ceil().long().sub(1).clamp(0, timesteps - 1)
 
 
 def relative_weight(

@@ -45,6 +45,7 @@ class Profile:
 
     weighting: str = "snr+1"
     max_weight: float | None = 100.0
+    timestep_density: str = "uniform"
     batch_size: int
     train_steps: int
     learning_rate: float
@@ -92,6 +93,7 @@ class Profile:
             "label_dropout": self.label_dropout,
             "weighting": self.weighting,
             "max_weight": self.max_weight,
+            "timestep_density": self.timestep_density,
             "autocast": self.autocast,
         }
 

@@ -14,12 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from .batches import DROPOUT, NOISE, Batches, check_integer, stream_seed
 from .checkpoints import plain_json
 from .ema import EMA
-from .forward_process import GaussianDiffusion
+from .forward_process import GaussianDiffusion, check_choice
 from .losses import (
+    TIMESTEP_DENSITIES,
     WEIGHTINGS,
     check_classes,
     check_weighting,
     held_out_loss,
+    logit_normal_timesteps,
     loss_terms,
     relative_weight,
     simple_loss,
@@ -75,6 +77,7 @@ class Settings:
     - `learning_rate`, `schedule`: its peak, and "cosine" or "constant", see `learning_rate_at`.
     - `label_dropout`: the probability of hiding a label, for classifier-free guidance.
     - `weighting`, `max_weight`: of the loss over timesteps, see `simple_loss`.
+    - `timestep_density`: how t is drawn, "uniform" or "logit-normal", the latter for flow matching.
     - `max_gradient_norm`: gradients are clipped to it.
     - `autocast`: the network in bfloat16 where the device computes in it natively, else in float32.
 
@@ -87,12 +90,14 @@ class Settings:
     label_dropout: float = 0.1
     weighting: str | None = None
     max_weight: float | None = None
+    timestep_density: str = "uniform"
     max_gradient_norm: float = 1.0
     autocast: bool = False
 
     def __post_init__(self):
         check_integer("steps", self.steps, 1)
         check_weighting(self.weighting, self.max_weight)
+        check_choice("timestep_density", self.timestep_density, TIMESTEP_DENSITIES)
         if self.schedule not in RATE_SCHEDULES:
             names = ", ".join(RATE_SCHEDULES)
             raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {names}")
@@ -133,8 +138,8 @@ def train(
             for step in run:
                 print(step.index, step.loss)
 
-    `settings` are the fields of `Settings`. Step i takes batch i, t uniform over 0..T-1 and noise,
-    all functions of the seeds and i. `losses`, a list, receives the loss of every step, those
+    `settings` are the fields of `Settings`. Step i takes batch i, t in 0..T-1 and noise, all
+    functions of the seeds and i. `losses`, a list, receives the loss of every step, those
     before a resume included.
 
     `checkpoint`, a file, receives the whole state every `save_every` steps, at the end, and when
@@ -225,7 +230,9 @@ def _steps(
         model.train()  # the caller may have sampled in eval mode since the last step
         x_start, y = batches[index]
         generator.manual_seed(stream_seed(seed, NOISE, index))
-        t, noise, hidden = _draw(x_start, process.timesteps, settings.label_dropout, generator)
+        t, noise, hidden = _draw(
+            x_start, process.timesteps, settings.timestep_density, settings.label_dropout, generator
+        )
         y = None if null_label is None else y.masked_fill(hidden, null_label)
         # shares may be uneven; a process that has none takes one image, which counts nothing
         mine = slice(rank, None, world) if rank < len(t) else slice(1)
@@ -261,11 +268,18 @@ def _steps(
 
 
 def _draw(
-    x_start: Tensor, timesteps: int, label_dropout: float, generator: torch.Generator
+    x_start: Tensor,
+    timesteps: int,
+    density: str,
+    label_dropout: float,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each image a timestep, noise, and whether its label is hidden."""
     device, count = x_start.device, len(x_start)
-    t = torch.randint(timesteps, (count,), generator=generator, device=device)
+    if density == "logit-normal":
+        t = logit_normal_timesteps(count, timesteps, generator=generator)
+    else:
+        t = torch.randint(timesteps, (count,), generator=generator, device=device)
     noise = torch.randn(x_start.shape, generator=generator, device=device)
     hidden = torch.rand(count, generator=generator, device=device) < label_dropout
     return t, noise, hidden

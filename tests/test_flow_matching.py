@@ -1,13 +1,19 @@
 """The straight path against closed forms, against Gaussian diffusion, and against bad input."""
 
 import math
+import shutil
+from collections import deque
 
 import pytest
 import torch
-from tiny import network
+from tiny import network, start
 from torch import nn
 from torch.testing import assert_close
 
+from noisout_nb import training
+from noisout_nb.checkpoints import load_model, publish, read_card
+from noisout_nb.data import load_data, to_float
+from noisout_nb.evaluation import petal_count
 from noisout_nb.flow_matching import (
     AsVelocity,
     StraightPath,
@@ -19,6 +25,7 @@ from noisout_nb.flow_matching import (
 from noisout_nb.forward_process import PREDICTIONS, GaussianDiffusion
 from noisout_nb.guidance import ClassifierFreeGuidance
 from noisout_nb.losses import loss_terms
+from noisout_nb.profiles import PROFILES
 from noisout_nb.sampling import SAMPLERS, State, ddim
 
 STD = 0.2  # of the data N(0, STD^2) whose velocity is known
@@ -126,6 +133,36 @@ def test_the_loss_is_a_weighted_loss_of_v():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_train_s_loss_is_flow_matching_s(prediction):
+    process, model = PATH.as_diffusion(prediction), Small().eval()
+    assert process.config["schedule"] == "straight"
+    x_0, eps = images(64)
+    t, y = torch.arange(64) * 15 + 9, torch.arange(64) % 4
+    terms = loss_terms(model, process, x_0, t, eps, y, weighting="flow")
+    flow = AsVelocity(model, process, PATH)
+    for chosen in (slice(0, 8), slice(28, 36), slice(56, 64)):  # each end and the middle
+        found = flow_matching_loss(flow, PATH, x_0[chosen], t[chosen], eps[chosen], y[chosen])
+        assert_close(terms[chosen].mean(), found, atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("density, spread", [("uniform", math.pi / 3**0.5), ("logit-normal", 1.0)])
+def test_train_draws_timesteps_as_told(density, spread, monkeypatch):
+    drawn = []
+
+    def record(model, process, x_start, t, *others, **options):
+        drawn.append(t)
+        return loss_terms(model, process, x_start, t, *others, **options)
+
+    monkeypatch.setattr(training, "loss_terms", record)
+    options = {"timestep_density": density, "weighting": "flow", "steps": 60}
+    with start(process=PATH.as_diffusion("x0"), batches={"batch_size": 16}, **options) as run:
+        deque(run, maxlen=0)
+    logit = ((torch.cat(drawn) + 0.5) / T).logit()  # the logistic distribution, or the normal one
+    assert_close(logit.std().item(), spread, atol=0.12, rtol=0)
+    assert abs(logit.mean()) < 0.2
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1, 7, 40])
 def test_euler_is_ddim(prediction, steps):
     process, model = PATH.as_diffusion(prediction), Small()
@@ -185,6 +222,44 @@ def test_guidance_takes_a_flow():
     *_, more = flow_euler(ClassifierFreeGuidance(flow, 2.0), PATH, noise, y, steps=3)
     assert_close(same.x, plain.x, atol=1e-5, rtol=0)
     assert not torch.allclose(more.x, plain.x, atol=1e-3)
+
+
+# The flow in models/, and the diffusion network of the same size
+
+QUICK = PROFILES["quick"].published
+FLOW = QUICK.with_name("quick_flow.pth")
+
+
+def test_the_shipped_flow_s_card_says_how_it_was_trained():
+    card, diffusion = read_card(FLOW), read_card(QUICK)
+    assert card["process"] == PATH.as_diffusion("x0").config
+    known = [card[name] for name in ("weighting", "max_weight", "timestep_density")]
+    assert known == ["flow", None, "logit-normal"]
+    for name in ("steps", "network", "classes"):  # equal work
+        assert card[name] == diffusion[name]
+
+
+def test_the_shipped_flow_flows_to_flowers():
+    held_out = load_data(PROFILES["quick"], "val")
+    x_0, y = to_float(held_out.images[:64]), held_out.labels[:64]
+    generator = torch.Generator().manual_seed(0)
+    t, eps = PATH.draw(64, generator=generator), torch.randn(x_0.shape, generator=generator)
+    model, process, _ = load_model(FLOW)
+    flow = AsVelocity(model, process, PATH)
+    assert torch.equal(flow.matched, torch.arange(T))
+    with torch.no_grad():
+        assert flow_matching_loss(flow, PATH, x_0, t, eps, y) < 0.06
+    y = torch.arange(12) % 6
+    *_, last = flow_euler(flow, PATH, eps[:12], y, steps=16)
+    petals = torch.stack([held_out.factors["petals"][held_out.labels == k][0] for k in range(6)])
+    assert (petal_count(last.x.clamp(-1, 1)) == petals[y]).sum() >= 11
+
+
+def test_the_shipped_flow_never_takes_the_diffusion_network_s_place(tmp_path, capsys):
+    target = shutil.copy(QUICK, tmp_path / "quick_model.pth")
+    assert not publish(FLOW, target)
+    assert "schedule" in capsys.readouterr().out
+    assert target.read_bytes() == QUICK.read_bytes()
 
 
 # The loss
@@ -301,6 +376,7 @@ def test_samplers_refuse(sampler, arguments, words):
         (lambda: PATH.draw(3, std=0.0), "std 0.0"),
         (lambda: PATH.draw(3, mean=math.nan), "mean is nan"),
         (lambda: PATH.as_diffusion("velocity"), "unknown prediction"),
+        (lambda: start(timestep_density="normal"), "unknown timestep_density 'normal'.*logit-n"),
         (
             lambda: flow_matching_loss(Small(), PATH, NOISE, torch.tensor([0, 1]), NOISE[:1]),
             "one shape",

@@ -72,6 +72,18 @@ def test_train_writes_averaged_weights_and_goes_on(workplace, capsys):
     assert read_card(weights)["steps"] == 5
 
 
+def test_train_takes_flow_matching(workplace):
+    """The options of the model card's command for `quick_flow.pth`."""
+    options = "--schedule straight --weighting flow --max-weight none"
+    options += " --timestep-density logit-normal --train-steps 1"
+    assert program("train", *TINY, *options.split()) == 0
+    card = read_card(workplace / "runs/tiny/model.pth")
+    assert (card["process"]["schedule"], card["weighting"]) == ("straight", "flow")
+    assert (card["max_weight"], card["timestep_density"]) == (None, "logit-normal")
+    state = torch.load(workplace / "runs/tiny/checkpoint.pth", weights_only=True)
+    assert state["settings"]["timestep_density"] == "logit-normal"
+
+
 def test_the_weights_written_are_the_moving_average(workplace):
     program("train", *TINY, "--train-steps", 4)
     state = torch.load(workplace / "runs/tiny/checkpoint.pth", weights_only=True)

@@ -681,6 +681,7 @@ FORMULAS = {
     "snr+1": lambda snr: snr + 1,
     "truncated-snr": lambda snr: max(snr, 1.0),
     "min-snr-5": lambda snr: min(snr, 5.0),
+    "flow": lambda snr: (math.sqrt(snr) + 1) ** 2,
 }
 
 

@@ -120,9 +120,34 @@ MODULES = [
         ("order", "(velocity + velocity_at_end) / 2", "velocity"),
         ("direction", "x / ((1 - s) ** 2 + s**2).sqrt()", "x"),
         ("nearest", "(angles[0][1:] + angles[0][:-1]) / 2", "angles[0][1:]"),
-        ("logit_normal", "mean + std * torch.randn", "mean + torch.randn"),
         ("range", "x_start.clamp(-1, 1)\n", "x_start.clamp(-2, 2)\n"),
         ("refuse", "check_labels(y.cpu()", "(lambda *_: None)(y.cpu()"),
+    ),
+    (
+        "losses.py",
+        "tests/test_flow_matching.py",
+        ("logit_normal", "mean + std * torch.randn", "mean + torch.randn"),
+        ("flow_matching_s", "(snr.sqrt() + 1) ** 2", "snr.sqrt() + 1"),
+    ),
+    (
+        "forward_process.py",
+        "tests/test_flow_matching.py",
+        ("gaussian_diffusion", "alpha_bar = (1 - s) ** 2 /", "alpha_bar = (1 - s) /"),
+        (
+            "gaussian_diffusion",
+            '"straight": straight_beta_schedule,',
+            '"straight": cosine_beta_schedule,',
+        ),
+    ),
+    (
+        "training.py",
+        "tests/test_flow_matching.py",
+        ("as_told", 'if density == "logit-normal":', "if False:"),
+    ),
+    (
+        "profiles.py",
+        "tests/test_programs.py",
+        ("takes_flow", 'timestep_density": self.timestep_density', 'timestep_density": "uniform"'),
     ),
     (
         "editing.py",
