@@ -399,7 +399,7 @@ batches = Batches(data, profile.batch_size, flip=profile.flip, device=device)
 settings = profile.training | {"steps": 100}
 with train(beginner, process, batches, EMA(beginner), **settings) as run:
     losses = [step.loss for step in run]
-beginner.eval()
+print(f"loss of step 1: {losses[0]:.0f}, of the last ten: {sum(losses[-10:]) / 10:.1f}")
 
 # %%
 three = torch.tensor([0, 3, 4], device=device)
@@ -442,7 +442,7 @@ plot_bars(
     },
     hlines={"": 1},
     alt="Fine detail: 0.9 at scale 1, about 1 at 1.1, 2 at 1.6. Distance: 0.2 at scales 1 and 1.1, "
-    "above 0.4 at 1.6",
+    "0.4 at 1.6",
 )
 
 # %% [markdown]

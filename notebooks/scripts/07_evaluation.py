@@ -538,6 +538,11 @@ for label, rows in found.items():
     print(f"{label:10} cannot separate: {', '.join(blind) or 'none'}" if embedded else "")
 
 # %% [markdown]
+# Between 7,000 and 1,300 steps recall alone can tell, with so few images. Petals would tell at
+# once: 100 % of the samples have the right number after 7,000 steps, 86 % after 1,300 (these are
+# figures of the [model card](../models/README.md)). But the classifier recognises the species in
+# all samples of both, so its features have no reason to count petals.
+#
 # ## How many images does a claim need?
 #
 # Two sets of *real* flowers: the true distance is 0. What do the metrics say for N images each?
