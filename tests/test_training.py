@@ -371,6 +371,12 @@ def test_another_run_on_the_same_network_saves_the_first(tmp_path, straight):
     assert_goes_on(path, straight)
 
 
+def test_runs_of_different_networks_take_turns():
+    alone = losses_of()
+    runs = [start(), start(network(dropout=0.0))]
+    assert [one.loss for one, _ in zip(*runs, strict=True)] == alone
+
+
 @pytest.mark.parametrize("change", ["deleted", "replaced"])
 @pytest.mark.parametrize("late", ["close", "collected"])
 def test_a_late_close_leaves_a_changed_file_alone(change, late, tmp_path):
