@@ -118,7 +118,7 @@ def training(name: str, rate: float, limit: float, kept: bool) -> dict:
 def samples(name: str, sampler: str, steps: int, seed: int) -> dict:
     """The protocol's measures of 1,000 samples, or of "real" flowers, against 1,000 others."""
     from noisout_nb.classifier import classifier_files, load_classifier
-    from noisout_nb.data import ProceduralFlowers, to_float, to_uint8
+    from noisout_nb.data import ProceduralFlowers, to_uint8
     from noisout_nb.profiles import PROFILES
     from noisout_nb.protocol import Judge
 
