@@ -40,6 +40,12 @@ from contenders import CLASSES, CONTENDERS, DEVICE, GUIDANCE  # noqa: E402
 ROUNDS, SEEDS, COUNT = 3, (0, 1, 2), 1000
 RATES = (5e-4, 2e-3)
 DISTANCES = {"kernel": "kernel distance, x 1000", "factors": "factor distance"}
+MEASURES = DISTANCES | {
+    "frechet": "Fréchet distance",
+    "precision": "precision",
+    "recall": "recall",
+    "petals": "petals right",
+}
 FOLDER = Path(os.environ.get("NOISOUT_RUNS") or ROOT / "runs") / "peers"
 
 
@@ -254,17 +260,18 @@ def distances(calls: dict[str, float]) -> str:
     for seed, name, sampler, steps in sorted(jobs, key=lambda job: job[3]):
         result = done("samples", name=name, sampler=sampler, steps=steps, seed=seed)
         found.setdefault((name, sampler, steps), []).append(result)
-    keys = [*DISTANCES, "frechet", "petals"]
     rows = []
-    for name, settings in names.items():
-        for sampler, steps in settings:
-            cells = []
-            for key in keys:
-                values = mean_and_error([x[key] for x in found[name, sampler, steps]])
-                cells.append("{:.3g} ± {:.1g}".format(*values))
-            cost = "" if name == "real" else f"{1e3 * calls[name] * steps:.0f}"
-            rows.append([f"{name}, {sampler} {steps}" if steps else name, cost, *cells])
-    head = ["", "ms per sample", *DISTANCES.values(), "Fréchet distance", "petals right"]
+    for name, sampler, steps in found:
+        if name == "real":
+            continue
+        cells = [f"{1e3 * calls[name] * steps:.0f}"]
+        for key in MEASURES:
+            pairs = zip(found[name, sampler, steps], found["real", "", 0], strict=True)
+            is_distance = key in (*DISTANCES, "frechet")
+            values = [x[key] - real[key] * is_distance for x, real in pairs]
+            cells.append("{:.3g} ± {:.1g}".format(*mean_and_error(values)))
+        rows.append([f"{name}, {sampler} {steps}", *cells])
+    head = ["distances above real flowers'", "ms per sample", *MEASURES.values()]
     return table(head, rows) + "\n" + equal_distance(found, calls)
 
 
