@@ -271,7 +271,7 @@ def test_the_jackknifes_error_of_a_mean_is_the_standard_error():
         ev.jackknife(ev.frechet_distance, normal(15, 2), normal(20, 2))
 
 
-def test_the_distances_agree_with_torch_fidelity():
+def test_distances_precision_and_recall_agree_with_torch_fidelity():
     try:
         from torch_fidelity.metric_fid import (  # pyright: ignore[reportMissingImports]
             fid_features_to_statistics,
@@ -280,15 +280,36 @@ def test_the_distances_agree_with_torch_fidelity():
         from torch_fidelity.metric_kid import (  # pyright: ignore[reportMissingImports]
             kid_features_to_metric,
         )
+        from torch_fidelity.metric_prc import (  # pyright: ignore[reportMissingImports]
+            prc_features_to_metric,
+        )
     except ImportError:
         pytest.skip("not here: torch-fidelity is not installed")
-    a, b = normal(300, 20) @ normal(20, 20, seed=1), normal(300, 20, seed=2)
+    a, b = normal(300, 20) @ normal(20, 20, seed=1), 4 * normal(300, 20, seed=2)
     statistics = [fid_features_to_statistics(x) for x in (a, b)]
     theirs = fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
     assert abs(ev.frechet_distance(a, b) / theirs - 1) < 1e-3
     subset = {"kid_subsets": 1, "kid_subset_size": 300, "rng_seed": 0, "verbose": False}
     theirs = kid_features_to_metric(a, b, **subset)["kernel_inception_distance_mean"]
     assert abs(ev.kernel_distance(a, b)[0] / theirs - 1) < 1e-3
+    whole = {"prc_batch_size": 300, "save_cpu_ram": False, "verbose": False}
+    theirs = prc_features_to_metric(a, b, prc_neighborhood=3, **whole)
+    expected = (theirs["precision"], theirs["recall"])
+    assert 0.02 < min(expected) < max(expected) - 0.05 < 0.95
+    assert_close(ev.precision_recall(a, b, 3), expected, rtol=0, atol=1e-3)
+
+
+def test_torch_fidelitys_network_takes_our_images_and_gives_2048_features(monkeypatch):
+    """With random weights: its own are 91 MB, which a test does not download."""
+    inception = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3",
+        reason="not here: torch-fidelity is not installed",
+    )
+    network = inception.FeatureExtractorInceptionV3
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: {})
+    monkeypatch.setattr(network, "load_state_dict", lambda self, weights: None)
+    found = ev.extract_features(ev.InceptionFeatures(), images(2))
+    assert found.shape == (2, 2048) and found.isfinite().all()
 
 
 # --- the protocol ------------------------------------------------------------------------------

@@ -1,265 +1,328 @@
 """Side by side with diffusers and denoising-diffusion-pytorch: one task, data, batch and machine.
 
     pip install diffusers denoising-diffusion-pytorch
-    NOISOUT_DATA=folder python tools/peers.py            some ten minutes on two cores
+    python tools/peers.py 32                             about an hour of one thread
+    NOISOUT_DATA=folder python tools/peers.py 64         about ten minutes
 
-Each trains an unconditional UNet of about the same architecture (64, 128, 128 channels, two
-residual blocks per level, attention at 16 x 16 and in the middle) on Flowers102 at 32 x 32 in
-batches of 32, as its own training program does: images loaded with its own loader and augmentation,
-its optimiser, clipping at 1, and its EMA. Steps are taken in turns in one process; memory and
-import time are those of a process each. The peers compute in float32, as their programs do unless
-told otherwise; noisOut in bfloat16 where the device has it, as its profiles for photographs do, and
-once in float32 for comparison. Samples: each library's default (diffusers and
-denoising-diffusion-pytorch: 1,000 steps of DDPM), noisOut's 20 steps of DPM-Solver++, as in the
-notebooks. This is no test, and the peers are no requirements.
+Every number comes from a process of its own, and the libraries take turns. Times are those of one
+thread (the processor's time, so other programs count little); with CUDA, the clock's. Results are
+kept in runs/peers/results.jsonl, and a program that is started anew goes on from there.
+
+At 32 x 32 each library is also trained on the embedded flowers for the same time, at the better of
+two learning rates (the lower held-out loss after a tenth of the time). Its samples are compared
+with held-out flowers, three times 1,000 with 1,000, for several samplers and numbers of steps.
+"Equal distance" then means: the cheapest setting of a library whose distance is not above the
+wanted one by more than twice the error of their difference over the seeds. This is no test, and the
+peers are no requirements.
 """
 
 import argparse
+import importlib
+import json
 import os
-import resource
+import platform
 import statistics
 import subprocess
 import sys
 import time
-from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import torchvision  # noqa: F401  (what every contender imports is not part of its own time)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SIZE, BATCH = 32, 32
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+import contenders  # noqa: E402
+from contenders import CLASSES, CONTENDERS, DEVICE, GUIDANCE  # noqa: E402
 
-def photographs():
-    return Path(os.environ.get("NOISOUT_DATA", "data")) / "flowers-102" / "jpg"
-
-
-class NoisOut:
-    imports = "import noisout_nb.training, noisout_nb.sampling"
-    options, autocast = {}, True
-
-    def __init__(self):
-        from noisout_nb.data import Flowers102
-        from noisout_nb.forward_process import GaussianDiffusion, cosine_beta_schedule
-        from noisout_nb.parallel import get_device, memory_format
-        from noisout_nb.training import EMA, Batches, train
-        from noisout_nb.unet import UNet
-
-        network = {
-            "image_size": SIZE,
-            "channels": 64,
-            "channel_mults": (1, 2, 2),
-            "attention_resolutions": (16,),
-        } | self.options
-        self.model = UNet(**network).to(
-            DEVICE, memory_format=memory_format(get_device(), self.autocast)
-        )
-        self.process = GaussianDiffusion(cosine_beta_schedule(), "v").to(DEVICE)
-        batches = Batches(Flowers102(SIZE), BATCH, device=DEVICE)
-        self.steps = train(
-            self.model,
-            self.process,
-            batches,
-            EMA(self.model),
-            steps=1_000_000,
-            learning_rate=1e-4,
-            autocast=self.autocast,
-        )
-
-    def step(self):
-        next(self.steps)
-
-    def sample(self, count):
-        from noisout_nb.sampling import sample
-
-        return sample(self.model, self.process, shape=(3, SIZE, SIZE), count=count)
-
-
-class NoisOutFloat32(NoisOut):
-    autocast = False
-
-
-class NoisOutFolded(NoisOut):
-    options = {"patch_size": 2, "attention_resolutions": (8,)}  # a network for 32 x 32 photographs
-
-
-class Diffusers:
-    """As its examples/unconditional_image_generation/train_unconditional.py, with --use_ema."""
-
-    imports = "from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel"
-
-    def __init__(self):
-        from diffusers import DDPMScheduler, UNet2DModel
-        from diffusers.training_utils import EMAModel
-        from PIL import Image
-        from torchvision import transforms as T
-
-        self.model = UNet2DModel(
-            sample_size=SIZE,
-            block_out_channels=(64, 128, 128),
-            layers_per_block=2,
-            norm_num_groups=16,
-            attention_head_dim=32,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        ).to(DEVICE)
-        self.scheduler = DDPMScheduler(num_train_timesteps=1000)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6
-        )
-        self.ema = EMAModel(self.model.parameters(), decay=0.9999, use_ema_warmup=True)
-        augment = T.Compose(
-            [
-                T.Resize(SIZE),
-                T.CenterCrop(SIZE),
-                T.RandomHorizontalFlip(),
-                T.ToTensor(),
-                T.Normalize([0.5], [0.5]),
-            ]
-        )
-
-        class Photographs(torch.utils.data.Dataset):
-            paths = sorted(photographs().glob("*.jpg"))
-
-            def __len__(self):
-                return len(self.paths)
-
-            def __getitem__(self, index):
-                return augment(Image.open(self.paths[index]).convert("RGB"))
-
-        self.batches = iter(
-            torch.utils.data.DataLoader(Photographs(), BATCH, shuffle=True, num_workers=0)
-        )
-
-    def step(self):
-        x_0 = next(self.batches).to(DEVICE)
-        noise = torch.randn_like(x_0)
-        t = torch.randint(1000, (len(x_0),), device=DEVICE)
-        loss = torch.nn.functional.mse_loss(
-            self.model(self.scheduler.add_noise(x_0, noise, t), t).sample, noise
-        )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.step(self.model.parameters())
-        loss.item()
-
-    def sample(self, count):
-        from diffusers import DDPMPipeline
-
-        pipeline = DDPMPipeline(self.model, self.scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline(batch_size=count, output_type="np").images
-
-
-class Lucidrains:
-    """As the library's `Trainer`, without its FID."""
-
-    imports = "import denoising_diffusion_pytorch"
-
-    def __init__(self):
-        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-        from denoising_diffusion_pytorch.denoising_diffusion_pytorch import EMA, Dataset, cycle
-
-        network = Unet(
-            64, dim_mults=(1, 2, 2), full_attn=(False, True, True), attn_dim_head=32, attn_heads=4
-        )
-        self.model = GaussianDiffusion(network, image_size=SIZE, timesteps=1000).to(DEVICE)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, betas=(0.9, 0.99))
-        self.ema = EMA(self.model, beta=0.995, update_every=10).to(DEVICE)
-        photos = Dataset(photographs(), SIZE, augment_horizontal_flip=True, convert_image_to="RGB")
-        self.batches = cycle(
-            torch.utils.data.DataLoader(photos, BATCH, shuffle=True, num_workers=os.cpu_count())
-        )
-
-    def step(self):
-        loss = self.model(next(self.batches).to(DEVICE))
-        loss.item()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update()
-
-    def sample(self, count):
-        return self.model.sample(count)
-
-
-CONTENDERS = {
-    "noisOut": NoisOut,
-    "noisOut, float32": NoisOutFloat32,
-    "noisOut, folded": NoisOutFolded,
-    "diffusers": Diffusers,
-    "denoising-diffusion-pytorch": Lucidrains,
+ROUNDS, SEEDS, COUNT = 3, (0, 1, 2), 1000
+RATES = (5e-4, 2e-3)
+DISTANCES = {"kernel": "kernel distance, x 1000", "factors": "factor distance"}
+MEASURES = DISTANCES | {
+    "frechet": "Fréchet distance",
+    "precision": "precision",
+    "recall": "recall",
+    "petals": "petals right",
 }
+FOLDER = Path(os.environ.get("NOISOUT_RUNS") or ROOT / "runs") / "peers"
 
 
-def timed(work) -> float:
-    start = time.perf_counter()
-    work()
-    if DEVICE == "cuda":
+def clock() -> float:
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+        return time.perf_counter()
+    return time.process_time()
 
 
-def own_process(code: str) -> float:
-    paths = [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+def seconds(work, times: int) -> float:
+    """Median seconds of `work()`, after two calls to warm up."""
+    taken = []
+    for _ in range(times + 2):
+        start = clock()
+        work()
+        taken.append(clock() - start)
+    return statistics.median(taken[2:])
+
+
+# --- jobs: each runs in a process of its own and returns what json can hold ----------------------
+
+
+def speed(name: str, size: int, bfloat16: bool, turn: int) -> dict:
+    """Time to import, to load, to train and to sample, and the most memory of the training."""
+    start = clock()
+    for module in CONTENDERS[name].imports.split(", "):
+        importlib.import_module(module)
+    found: dict = {"import": clock() - start}
+    contender = CONTENDERS[name](size, bfloat16=bfloat16)
+    found["parameters"] = sum(p.numel() for p in contender.model.parameters())
+    found["step"] = seconds(contender.step, 10 if size == 32 else 4)
+    found["memory"] = peak()
+    found["load"] = seconds(contender.load, 10)
+    labels = torch.arange(16, device=DEVICE) % CLASSES[size]
+    sampler = contender.settings[-1][0]
+    found["call"] = seconds(lambda: contender.sample(labels, sampler, 4, 0), 2) / 4 / len(labels)
+    if size == 64:
+        guided = labels[:4], sampler, 20, 0, GUIDANCE
+        start = clock()
+        contender.sample(*guided)
+        found["guided"] = (clock() - start) / 4
+    return found
+
+
+def peak() -> float:
+    """The most memory that this process has had, in GB: of the device with CUDA, else resident."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def training(name: str, rate: float, limit: float, kept: bool) -> dict:
+    """Train for `limit` seconds; the averaged weights are kept as a file."""
+    from noisout_nb.data import VAL_SEED, ProceduralFlowers
+
+    torch.manual_seed(0)
+    steps = int(limit / seconds(CONTENDERS[name](32).step, 8))  # the schedules need their number
+    contender = CONTENDERS[name](32, steps, rate)
+    start, done = clock(), 0
+    while done < steps and clock() - start < limit:
+        contender.step()
+        done += 1
+    held_out = ProceduralFlowers(32, 512, VAL_SEED)
+    found = {"seconds": clock() - start, "planned": steps, "steps": done}
+    found["loss"] = contender.held_out_loss(held_out)
+    if kept:
+        torch.save([p.detach().clone() for p in contender.average()], FOLDER / f"{name}.pth")
+    return found
+
+
+def samples(name: str, sampler: str, steps: int, seed: int) -> dict:
+    """The protocol's measures of 1,000 samples, or of "real" flowers, against 1,000 others."""
+    from noisout_nb.classifier import classifier_files, load_classifier
+    from noisout_nb.data import ProceduralFlowers, to_uint8
+    from noisout_nb.profiles import PROFILES
+    from noisout_nb.protocol import Judge
+
+    reference = ProceduralFlowers(32, COUNT, 2_000_003 + seed)
+    others = ProceduralFlowers(32, COUNT, 3_000_003 + seed)
+    drawn, labels = others.images, others.labels
+    if name != "real":
+        contender = CONTENDERS[name](32)
+        contenders.put(contender.model, torch.load(FOLDER / f"{name}.pth", DEVICE))
+        parts = enumerate(labels.split(100))
+        found = [contender.sample(y, sampler, steps, 1000 * seed + i) for i, y in parts]
+        drawn = to_uint8(torch.cat(found)).cpu()
+    classifier, _ = load_classifier(classifier_files(PROFILES["quick"])[0])
+    judge = Judge(classifier, others)
+    expected = judge.features(reference.images)
+    return judge.measure(drawn, labels, judge.features(drawn), (reference.images, expected))
+
+
+JOBS = {"speed": speed, "training": training, "samples": samples}
+
+
+def done(job: str, **arguments) -> dict:
+    """The job's result: from the file where it is there, else from a new process."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    file, wanted = FOLDER / "results.jsonl", {"job": job, **arguments}
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    for line in map(json.loads, lines):
+        if line["wanted"] == wanted:
+            return line["found"]
     told = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        [sys.executable, "-W", "ignore", __file__, "--job", json.dumps(wanted)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "NOISOUT_RECORD": "1"},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
-    return float(told.stdout)
+    found = json.loads(told.stdout.splitlines()[-1])
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps({"wanted": wanted, "found": found}) + "\n")
+    return found
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+def reaches(values: list[float], wanted: list[float]) -> bool:
+    """Is the mean not above the wanted one by more than twice the error of the difference?
+
+    The difference is taken seed by seed, since a seed's flowers and labels move all distances.
+    """
+    excess, error = mean_and_error([a - b for a, b in zip(values, wanted, strict=True)])
+    return excess <= 2 * error
+
+
+def cheapest(settings: dict, wanted: list[float]) -> str | None:
+    """Of `settings`, name -> (seconds, distances), the cheapest that reaches the distances wanted.
+
+    None where none does.
+    """
+    good = [name for name, (_, distances) in settings.items() if reaches(distances, wanted)]
+    return min(good, key=lambda name: settings[name][0], default=None)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def speeds(size: int) -> tuple[str, dict[str, float]]:
+    """The table of speed and memory, and the seconds of a network call per image (float32)."""
+    columns = [(name, False) for name in CONTENDERS]
+    columns += [(name, True) for name in CONTENDERS] if size == 64 else []
+    turns = [
+        {c: done("speed", name=c[0], size=size, bfloat16=c[1], turn=turn) for c in columns}
+        for turn in range(ROUNDS)
+    ]
+
+    def row(title, value, digits=3):
+        medians = [statistics.median(value(turn[c]) for turn in turns) for c in columns]
+        return [title, *(f"{x:.{digits}g}" for x in medians)]
+
+    def ratio(key):
+        """noisOut's time of the same turn and precision over each column's: lowest to highest."""
+        cells = []
+        for name, bfloat16 in columns:
+            found = [turn["noisOut", bfloat16][key] / turn[name, bfloat16][key] for turn in turns]
+            same = name == "noisOut"
+            cells.append("1" if same else f"{min(found):.2f} to {max(found):.2f}")
+        return ["ratio to noisOut, lowest to highest turn", *cells]
+
+    batch = contenders.BATCH
+    rows = [
+        row("parameters (M)", lambda x: x["parameters"] / 1e6),
+        row("training, images/s", lambda x: batch / x["step"]),
+        ratio("step"),
+        row("of that, loading the images (ms per image)", lambda x: 1e3 * x["load"] / batch, 2),
+        row("one network call, sampling (ms per image)", lambda x: 1e3 * x["call"]),
+        ratio("call"),
+        row("peak memory, training (GB)", lambda x: x["memory"]),
+        row("import, after torch (s)", lambda x: x["import"], 2),
+    ]
+    if size == 64:
+        rows.insert(6, row("s per guided sample, 20 steps", lambda x: x["guided"]))
+    head = ["", *(name + (", bfloat16" if bfloat16 else "") for name, bfloat16 in columns)]
+    calls = {
+        name: statistics.median(turn[name, False]["call"] for turn in turns) for name in CONTENDERS
+    }
+    return table(head, rows), calls
+
+
+def trained(limit: float) -> str:
+    """Train every library at the better of two learning rates; a table of what that took."""
+    rows = []
+    for name in CONTENDERS:
+        tried = {
+            rate: done("training", name=name, rate=rate, limit=limit / 10, kept=False)["loss"]
+            for rate in RATES
+        }
+        rate = min(tried, key=lambda rate: tried[rate])
+        found = done("training", name=name, rate=rate, limit=limit, kept=True)
+        rows.append([name, f"{rate:g}", str(found["steps"]), f"{found['seconds']:.0f}"])
+    return table(["", "learning rate", f"steps of {contenders.BATCH} images", "seconds"], rows)
+
+
+def distances(calls: dict[str, float]) -> str:
+    """Distances of every setting, and the seconds per sample at equal distance."""
+    names = {"real": [("", 0)]} | {name: c.settings for name, c in CONTENDERS.items()}
+    jobs = [(seed, name, *s) for seed in SEEDS for name in names for s in names[name]]
+    found: dict = {}
+    for seed, name, sampler, steps in sorted(jobs, key=lambda job: job[3]):
+        result = done("samples", name=name, sampler=sampler, steps=steps, seed=seed)
+        found.setdefault((name, sampler, steps), []).append(result)
+    rows = []
+    for name, sampler, steps in found:
+        if name == "real":
+            continue
+        cells = [f"{1e3 * calls[name] * steps:.0f}"]
+        for key in MEASURES:
+            pairs = zip(found[name, sampler, steps], found["real", "", 0], strict=True)
+            is_distance = key in (*DISTANCES, "frechet")
+            values = [x[key] - real[key] * is_distance for x, real in pairs]
+            cells.append("{:.3g} ± {:.1g}".format(*mean_and_error(values)))
+        rows.append([f"{name}, {sampler} {steps}", *cells])
+    head = ["distances above real flowers'", "ms per sample", *MEASURES.values()]
+    return table(head, rows) + "\n" + equal_distance(found, calls)
+
+
+def equal_distance(found: dict, calls: dict[str, float]) -> str:
+    rows = []
+    for key, title in DISTANCES.items():
+        settings = {name: {} for name in CONTENDERS}
+        for (name, sampler, steps), results in found.items():
+            if name != "real":
+                cost = 1e3 * calls[name] * steps
+                settings[name][f"{sampler} {steps}"] = (cost, [x[key] for x in results])
+        for goal in CONTENDERS:
+            _, best = min(settings[goal].values(), key=lambda s: statistics.mean(s[1]))
+            cells = []
+            for name in CONTENDERS:
+                chosen = cheapest(settings[name], best)
+                at = None if chosen is None else settings[name][chosen][0]
+                cells.append("not reached" if at is None else f"{at:.0f} ({chosen})")
+            rows.append([f"{title}: {statistics.mean(best):.3g}, the best of {goal}", *cells])
+    return table(["ms per sample at equal distance", *CONTENDERS], rows)
+
+
+def versions() -> str:
+    found = [f"Python {platform.python_version()}", f"PyTorch {torch.__version__}"]
+    for name in ("diffusers", "denoising-diffusion-pytorch"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            raise SystemExit(f"{name} is missing: pip install {name}") from None
+    return ", ".join(found)
 
 
 def main():
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--steps", type=int, default=20, help="training steps that are timed")
-    arguments.add_argument("--samples", type=int, default=16)
+    arguments.add_argument("size", type=int, choices=sorted(CLASSES), nargs="?", default=32)
+    arguments.add_argument("--limit", type=float, default=300, help="seconds of a training run")
+    arguments.add_argument("--job", help=argparse.SUPPRESS)
     options = arguments.parse_args()
-    rows = {name: {} for name in CONTENDERS}
-    for name, contender in CONTENDERS.items():
-        code = (
-            "import torch, torchvision, time; start = time.perf_counter(); "
-            f"{contender.imports}; print(time.perf_counter() - start)"
-        )
-        rows[name]["import, after torch (s)"] = statistics.median(
-            own_process(code) for _ in range(3)
-        )
-        code = (
-            f"import peers; c = peers.{contender.__name__}(); [c.step() for _ in range(4)]; "
-            "print(peers.peak())"
-        )
-        rows[name]["peak memory (GB)"] = own_process(code)
-    ready = {name: contender() for name, contender in CONTENDERS.items()}
-    taken = {name: [] for name in ready}
-    for _ in range(options.steps + 2):
-        for name, contender in ready.items():
-            taken[name].append(timed(contender.step))
-    for name, contender in ready.items():
-        rows[name]["million weights"] = sum(p.numel() for p in contender.model.parameters()) / 1e6
-        rows[name]["pictures trained a second"] = BATCH * options.steps / sum(taken[name][2:])
-        with torch.no_grad():
-            rows[name]["seconds a sample"] = (
-                timed(partial(contender.sample, options.samples)) / options.samples
-            )
-    print("| |", " | ".join(rows), "|\n|---|" + "---|" * len(rows))
-    for what in rows["noisOut"]:
-        print(f"| {what} |", " | ".join(f"{row[what]:.3g}" for row in rows.values()), "|")
-
-
-def peak() -> float:
-    """The most memory that this process has had, in GB: of the device with CUDA, else resident."""
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if options.job:
+        torch.set_num_threads(1)
+        given = json.loads(options.job)
+        print(json.dumps(JOBS[given.pop("job")](**given)))
+        return
+    print(f"{versions()}\n")
+    text, calls = speeds(options.size)
+    print(text)
+    if options.size == 32:
+        print(trained(options.limit))
+        print(distances(calls))
 
 
 if __name__ == "__main__":
