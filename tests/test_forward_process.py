@@ -15,6 +15,7 @@ from noisout_nb.forward_process import (
     check_integer,
     cosine_beta_schedule,
     linear_beta_schedule,
+    straight_beta_schedule,
 )
 
 # diffusers 0.42.1, 1000 timesteps, "trailing" spacing, 20 steps, t = 699: x_t and the network's
@@ -78,6 +79,17 @@ def test_cosine_schedule_is_the_papers():
     assert betas[-1] == 0.999
     assert cosine_beta_schedule(1).tolist() == [0.999]
     assert cosine_beta_schedule(10, s=0.1)[0] > 2 * cosine_beta_schedule(10)[0] * 0.9
+    assert betas.dtype == torch.float64
+
+
+def test_the_straight_schedule_is_that_of_flow_matchings_path():
+    betas = straight_beta_schedule()
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    for t in (0, 1, 250, 998):
+        signal, noise = 1 - (t + 1) / 1000, (t + 1) / 1000
+        expected = signal**2 / (signal**2 + noise**2)
+        assert alpha_bar[t].item() == pytest.approx(expected, rel=1e-10)
+    assert len(betas) == 1000 and 0 < betas[-1] < 1 and alpha_bar[-1] < 1e-9
     assert betas.dtype == torch.float64
 
 

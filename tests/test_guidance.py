@@ -189,7 +189,7 @@ def test_guided_sampling_keeps_every_mode_and_checks_labels(process):
 
 @pytest.mark.parametrize("channels", [3, 6])
 def test_autoguidance_formula(inputs, channels):
-    x, t, y = inputs
+    x, t, y = (part[:2] for part in inputs)  # fewer images than channels
     model = Labelled(channels)
 
     class Weak(nn.Module):
@@ -320,12 +320,12 @@ def test_noisy_classifier():
         5,
         image_size=8,
         channels=16,
-        channel_mults=(1, 2),
+        channel_mults=(1, 2, 3),
         num_res_blocks=1,
         attention_resolutions=(),
         head_channels=8,
     )
-    assert classifier.pool.num_heads == 4
+    assert classifier.pool.num_heads == 6
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 999])
     logits = classifier(x, t)
     assert logits.shape == (2, 5)

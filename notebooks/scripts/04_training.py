@@ -52,7 +52,7 @@ from noisout_nb.checkpoints import load_model, read_card, save_model
 from noisout_nb.data import load_data, to_float
 from noisout_nb.evaluation import factor_distance
 from noisout_nb.exercises import check
-from noisout_nb.figures import bars, filmstrip, image_grid, plot_lines, plot_loss
+from noisout_nb.figures import bars, filmstrip, image_grid, plot_bars, plot_lines, plot_loss
 from noisout_nb.forward_process import GaussianDiffusion
 from noisout_nb.generate import sample_image
 from noisout_nb.parallel import get_device, memory_format
@@ -466,51 +466,66 @@ plot_lines(
     "at its cap and then follows v",
 )
 
+
 # %% [markdown]
 # The weight is one difference. The other is what the network has to *output*. Both $\epsilon$ and
 # $v$ contain noise, and noise has no structure: the value of every pixel must pass through the
 # network unchanged. Our UNet works on patches of 2 x 2 pixels (notebook 03), and what is lost on
 # the way stays in the sample as grain. A network that outputs $x_0$ need not pass on the noise.
 #
-# How much does this matter? These are trial runs of 400 steps, a third of the run above, made by
-# `python tools/ablation.py --patches 2 --seeds 2 --steps 400`: two for each bar, the thin lines are
-# standard errors. The cap was 400. (Without options, the program also compares patch sizes.)
+# How much does this matter? Below are trial runs of equal work, made by
+# `python tools/ablation.py --steps 400`: with patches of 2 x 2 400 steps, a third of the run above;
+# on single pixels 102 steps and with patches of 4 x 4 1,464 steps, which cost the same. Each bar is
+# the mean of two or three runs, the thin lines are standard errors.
 
 # %%
-trials = {  # recorded: mean and standard error of the distance to held-out flowers
-    r"$\epsilon$": (2.77, 0.01),
-    "$v$": (0.64, 0.005),
-    "$x_0$, weight 1": (0.224, 0.003),
-    "$x_0$, weight SNR + 1": (0.38, 0.02),
+def by_patch(*values):
+    return dict(zip(("single pixels", "2 x 2", "4 x 4"), values, strict=True))
+
+
+distance = {  # recorded: mean and standard error
+    r"$\epsilon$": by_patch((2.40, 0.01), (2.78, 0.01), (3.36, 0.01)),
+    "$v$": by_patch((0.424, 0.003), (0.617, 0.008), (1.83, 0.03)),
+    "$x_0$, weight 1": by_patch((0.326, 0.003), (0.22, 0.02), (0.15, 0.01)),
+    "$x_0$, SNR + 1 up to 25": by_patch((0.33, 0.02), (0.283, 0.007), (0.17, 0.01)),
 }
-bars(
-    {name: mean for name, (mean, _) in trials.items()},
-    errors={name: error for name, (_, error) in trials.items()},
-    x_label="distance to held-out flowers (0: same distribution) after 400 steps",
-    alt="Distance after 400 steps: 2.77 for eps, 0.64 for v, 0.22 for x_0 with weight 1 and 0.38 "
-    "for x_0 with weight SNR + 1",
+plot_bars(
+    distance,
+    y_label="distance to held-out flowers",
+    log_y=True,
+    alt="Distance for three patch sizes on a log axis: eps 2.4, 2.8 and 3.4, v 0.4, 0.6 and 1.8, "
+    "growing with the patch; both kinds of x_0 0.3, below 0.3, and 0.15 to 0.17",
 )
 
 # %% [markdown]
-# The runs of $v$ and of the last bar have the same weight (up to the cap), so it is the output that
-# makes the difference. The same program measures the power of the samples' finest details, which
-# shows the reason: with $\epsilon$ and $v$ they are grainy, with $x_0$ still too smooth.
+# The larger the patch, the farther $\epsilon$ and $v$ stay from flowers, although they get more
+# steps. $x_0$ only gains. The runs of $v$ and of the last bars have the same weight up to the cap,
+# so it is the output that makes the difference. The same program measures the power of the samples'
+# finest details, which shows the reason:
 
 # %%
-finest = {r"$\epsilon$": 11, "$v$": 2, "$x_0$, weight 1": 0.5, "$x_0$, weight SNR + 1": 0.5}
-bars(
+finest = {
+    r"$\epsilon$": by_patch((6.3, 0.7), (11.8, 0.2), (26.6, 0.1)),
+    "$v$": by_patch((1.12, 0.02), (2.05, 0.03), (9.6, 0.1)),
+    "$x_0$, weight 1": by_patch((0.344, 0.004), (0.45, 0.01), (0.503, 0.008)),
+    "$x_0$, SNR + 1 up to 25": by_patch((0.533, 0.001), (0.55, 0.01), (0.568, 0.004)),
+}
+plot_bars(
     finest,
-    x_label="power of the finest details (1: as in held-out flowers) after 400 steps",
-    alt="Power of the finest details after 400 steps: 11 times that of flowers for eps, twice for "
-    "v, half of it for both kinds of x_0",
+    y_label="power of the finest details",
+    log_y=True,
+    hlines={"held-out flowers": 1},
+    alt="Power of the finest details, held-out flowers 1: eps 6, 12 and 27, v 1.1, 2 and 10, "
+    "growing with the patch; both kinds of x_0 about a half, whatever the patch",
 )
 
 # %% [markdown]
-# Weight 1 is ahead after 400 steps. SNR + 1 puts more weight on low noise levels, where fine
-# details are learned; these trials are too short to say which is better in the end.
+# With $\epsilon$ and $v$ the samples are grainy, the more so the larger the patch; with $x_0$ they
+# are still too smooth. SNR + 1 puts more weight on low noise levels, where fine details are
+# learned, and has a little more of them.
 #
-# All this is measured on patches and a narrow network. Ho et al. found $\epsilon$ best, with a
-# network of 128 channels on single pixels, which has room to pass the noise on.
+# All this is measured on a narrow network. Ho et al. found $\epsilon$ best, with 128 channels on
+# single pixels, which have room to pass the noise on.
 #
 # ## Averaged weights
 #
