@@ -304,10 +304,13 @@ def moves(page, slot):
 def moves_seen_before(page, slot):
     """Step to and fro with the first slider: how long do two states take that were seen before?"""
     for handle in page.find(".noUi-handle", slot)[:1]:
-        left = partial(handle.send_keys, Keys.ARROW_LEFT)
-        right = partial(handle.send_keys, Keys.ARROW_RIGHT)
-        drawn = [page.after(slot, act, "a step") for act in (left, right)]
-        seen = [page.after(slot, act, "a step back") for act in (left, right) * 4]
+        ends = [handle.get_attribute(f"aria-value{end}") for end in ("now", "min")]
+        keys = [Keys.ARROW_LEFT, Keys.ARROW_RIGHT]
+        if ends[0] == ends[1]:
+            keys.reverse()
+        to_and_fro = [partial(handle.send_keys, key) for key in keys]
+        drawn = [page.after(slot, act, "a step") for act in to_and_fro]
+        seen = [page.after(slot, act, "a step to a state seen before") for act in to_and_fro * 4]
         limit = SEEN * slowness()
         shown = " ".join(f"{t:.0f}" for t in seen)
         print(f"drawn in {drawn[0]:.0f} ms, seen before: {shown}, limit {limit:.0f} ms")

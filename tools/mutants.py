@@ -60,7 +60,7 @@ MODULES = [
         ("diffusers", "ratio / 2 * (x_start - previous)", "ratio * (x_start - previous)"),
         ("eta_1", "eta**2 * process.posterior_variance", "eta / 2 * process.posterior_variance"),
         ("order", "(noise + noise_at_end) / 2", "noise"),
-        ("diffusers", "(1 - alpha_bar - variance).clamp(min=0)", "(1 - alpha_bar).clamp(min=0)"),
+        ("eta_1", "(1 - alpha_bar - variance).clamp(min=0)", "(1 - alpha_bar).clamp(min=0)"),
         ("seed", "(2_654_435_769 * seed + index)", "(2_654_435_769 * seed)"),
         ("learned", "variance = process.p_log_variance(x, t, fraction).exp()", "pass"),
     ),
