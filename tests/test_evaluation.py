@@ -56,6 +56,13 @@ def test_frechet_distance_agrees_with_scipy():
     assert abs(ev.frechet_distance(a, a)) < 1e-8
 
 
+def test_frechet_of_repeated_features_is_as_many_times_as_large():
+    # their covariances are singular: rounding makes some eigenvalues negative
+    x, y = normal(300, 4), 2 * normal(300, 4, seed=1) + 1
+    found = ev.frechet_distance(x.repeat(1, 4), y.repeat(1, 4))
+    assert found == pytest.approx(4 * ev.frechet_distance(x, y), rel=1e-6)
+
+
 def test_frechet_distance_of_one_feature():
     a, b = normal(30, 1), 3 * normal(40, 1, seed=1) + 2
     expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
