@@ -95,9 +95,12 @@ class Explorer(Slot):
         drawn = self._draw(**values)
         if isinstance(drawn, Iterator):
             steps, drawn = drawn, None
-            for drawn in steps:
-                if isinstance(drawn, float):
-                    self._bar.layout.visibility, self._bar.value = "visible", drawn
+            try:
+                for drawn in steps:
+                    if isinstance(drawn, float):
+                        self._bar.layout.visibility, self._bar.value = "visible", drawn
+            finally:
+                self._bar.layout.visibility = "hidden"
         if not isinstance(drawn, Picture):
             raise ValueError(
                 f"there is nothing to show: the function that draws gave {drawn!r}, not a Picture"
@@ -119,7 +122,6 @@ class Explorer(Slot):
         except Exception as error:  # in a callback it would end in a log that nobody reads
             text = html.escape(f"{type(error).__name__}: {error}")
             self._message.value = f'<p role="alert" style="color: #b3261e">{text}</p>'
-        self._bar.layout.visibility = "hidden"
 
 
 def _hashable(values: dict[str, Any]) -> bool:

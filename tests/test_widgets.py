@@ -145,8 +145,10 @@ def test_an_explorer_takes_generators_and_refuses_what_is_no_figure():
 
     again = Again("another seed")
     explorer = Explorer(draw, seed=again)
+    assert explorer._bar.value == 0.5 and explorer._bar.layout.visibility == "hidden"
     again.click()
     assert explorer.picture and explorer.picture.alt == "seed 1"
+    assert explorer._bar.layout.visibility == "hidden"
     for wrong in (lambda: None, lambda: iter([0.5]), lambda: iter([])):
         with pytest.raises(ValueError, match="nothing to show"):
             Explorer(wrong)
