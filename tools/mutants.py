@@ -108,9 +108,13 @@ MODULES = [
         ("scipy", "- 2 * root_trace", "- root_trace"),
         ("loops", "@ q.T / dim + 1) ** 3", "@ q.T / dim + 1) ** 2"),
         ("definition", ".kthvalue(k + 1, dim=1)", ".kthvalue(k, dim=1)"),
-        ("closed_form", "- 1 - 2 * noise.log()", "- 1 - noise.log()"),
-        ("mirror", "distance = distance.minimum(", "distance = distance.maximum("),
+        ("prior_bits", "- 1 - 2 * noise.log()", "- 1 - noise.log()"),
         ("label", "len(y) != len(images)", "False"),
+    ),
+    (
+        "copies.py",
+        "tests/test_evaluation.py",
+        ("nearer", "distance = distance.minimum(", "distance = distance.maximum("),
     ),
     (
         "flow_matching.py",
