@@ -1,7 +1,7 @@
 """Stage 7, evaluation: how likely a model finds images, how far its samples lie from real ones, and
 whether it copies.
 
-Distances compare *features*, float (N, D): one row per image, from whatever network
+Distances compare features, float (N, D): one row per image, from whatever network
 `extract_features` is given. Real images are held-out ones, without flips. A distance depends on the
 features, on both counts and on the reference set, so state them with every number, and beside it
 the distance of a second real set.
@@ -54,6 +54,7 @@ __all__ = [
     "altered",
     "bits_per_dim",
     "copied_share",
+    "coverage",
     "extract_features",
     "factor_distance",
     "fine_power_ratio",
@@ -216,21 +217,42 @@ def precision_recall(
     (Kynkäänniemi et al. 2019.) "Near" is within the distance of some image of the other set to its
     own k-th nearest neighbour. Raises ValueError where there is no k-th neighbour.
     """
+    samples, real = _neighbourly(features, reference, k)
+
+    def near(points: Tensor, centres: Tensor) -> float:
+        reach = _radii(centres, k, batch_size)
+        found = [(torch.cdist(part, centres) <= reach).any(1) for part in points.split(batch_size)]
+        return torch.cat(found).double().mean().item()
+
+    return near(samples, real), near(real, samples)
+
+
+def coverage(features: Tensor, reference: Tensor, k: int = 3, batch_size: int = 256) -> float:
+    """The share of real images with a sample nearer than their k-th nearest real neighbour.
+
+    (Naeem et al. 2020.) Unlike recall it measures with the real images' distances alone, so samples
+    that lie far out gain nothing by reaching far. Two independent sets of n real images have about
+    1 - 2^(-k). Raises ValueError where there is no k-th neighbour.
+    """
+    samples, real = _neighbourly(features, reference, k)
+    parts = zip(real.split(batch_size), _radii(real, k, batch_size).split(batch_size), strict=True)
+    found = [torch.cdist(part, samples).amin(1) <= reach for part, reach in parts]
+    return torch.cat(found).double().mean().item()
+
+
+def _neighbourly(features: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Both sets in float64, checked: each image needs a k-th neighbour."""
     check_features(
         features, reference, k + 1, f"have no {k}-th neighbour: take more, or a smaller k"
     )
-
-    def radii(centres: Tensor) -> Tensor:  # the nearest one is the image itself
-        rows = [
-            torch.cdist(batch, centres).kthvalue(k + 1, dim=1).values
-            for batch in centres.split(batch_size)
-        ]
-        return torch.cat(rows)
-
-    def covered(points: Tensor, centres: Tensor) -> float:
-        reach = radii(centres)
-        near = [(torch.cdist(batch, centres) <= reach).any(1) for batch in points.split(batch_size)]
-        return torch.cat(near).double().mean().item()
-
     samples, real = (x.as_subclass(Tensor).double() for x in (features, reference))
-    return covered(samples, real), covered(real, samples)
+    return samples, real
+
+
+def _radii(centres: Tensor, k: int, batch_size: int) -> Tensor:
+    """The distance of each to its k-th nearest neighbour; the nearest is the image itself."""
+    rows = [
+        torch.cdist(part, centres).kthvalue(k + 1, dim=1).values
+        for part in centres.split(batch_size)
+    ]
+    return torch.cat(rows)

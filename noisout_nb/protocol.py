@@ -17,6 +17,7 @@ from .classifier import ClassifierFeatures, FlowerClassifier, classify
 from .data import ImageDataset, ProceduralFlowers, to_float, to_uint8
 from .evaluation import (
     CopyDetector,
+    coverage,
     extract_features,
     factor_distance,
     fine_power_ratio,
@@ -44,6 +45,7 @@ MEASURES = {
     "kernel": ("kernel, x 1000", "{:.2f}"),
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
+    "coverage": ("coverage", "{:.3f}"),
     "recognised": ("recognised", "{:.1%}"),
     "factors": ("factors", "{:.3f}"),
     "petals": ("petals right", "{:.1%}"),
@@ -151,6 +153,7 @@ class Judge:
             "kernel": 1000 * kernel_distance(features, expected)[0],
             "precision": precision,
             "recall": recall,
+            "coverage": coverage(features, expected),
             "recognised": known.double().mean().item(),
             "factors": factor_distance(images, reference)["mean"],
             **fine_power_ratio(images, reference),
@@ -209,7 +212,7 @@ def compare(
     """Measure real images, those of each sampler, and noise.
 
     Each set is of half as many images as are held out; at least `samples` samples are taken of each
-    seed. Noise, whose measures hardly scatter, is one set.
+    seed.
     """
     half = len(held_out) // 2
     sets = [(seed, i) for seed in seeds for i in range(math.ceil(samples / half))]
@@ -222,10 +225,9 @@ def compare(
         images, labels = held_out.images[second], held_out.labels[second]
         asked.append(labels)
         found.rows["real"].append(judge.measure(images, labels, real[second], against))
-        if number == 0:
-            noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-            noise = to_uint8(noise)
-            found.rows["noise"].append(judge.measure(noise, labels, judge.features(noise), against))
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(number))
+        noise = to_uint8(noise)
+        found.rows["noise"].append(judge.measure(noise, labels, judge.features(noise), against))
         for name, sampler in samplers.items():
             drawn = sampler(labels, seed + 1_000_000_007 * i)  # noise of its own for each set
             features = judge.features(drawn)

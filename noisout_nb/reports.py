@@ -184,10 +184,11 @@ def _draw(
     for key, label in (("kernel", "kernel distance, x 1000"), ("frechet", "Fréchet distance")):
         bars = {name: row[key] for name, row in summary.items() if name != "noise"}
         plot_bars({label: bars}, y_label=label).save(folder / f"evaluation-{key}.png")
-    both = {
-        key: {name: row[key] for name, row in summary.items()} for key in ("precision", "recall")
+    near = {
+        key: {name: row[key] for name, row in summary.items()}
+        for key in ("precision", "recall", "coverage")
     }
-    plot_bars(both, y_label="share", number="{:.2f}").save(folder / "evaluation-precision.png")
+    plot_bars(near, y_label="share", number="{:.2f}").save(folder / "evaluation-precision.png")
     shares = {
         label: {name: found[key] for name, found in copies["planted"].items()}
         for label, key in (("1 % false alarms", "suspected"), ("d1/d2 < 1/3", "d1/d2"))

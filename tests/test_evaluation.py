@@ -120,6 +120,30 @@ def test_precision_and_recall_agree_with_their_definition(k):
         assert_close(ev.precision_recall(a, b, k, batch_size), expected)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_coverage_agrees_with_its_definition(k):
+    samples, real = normal(40, 8), normal(30, 8, seed=1)
+    expected = 0
+    for point in real:
+        others = sorted(float((point - r).norm()) for r in real)  # others[0] is the point itself
+        expected += float((samples - point).norm(dim=1).min()) <= others[k]
+    assert 0 < expected < 30
+    for batch_size in (1, 7, 256):
+        assert ev.coverage(samples, real, k, batch_size) == expected / 30
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_coverage_of_independent_sets_has_its_known_mean(k):
+    found = ev.coverage(normal(3000, 2), normal(3000, 2, seed=1), k)
+    assert abs(found - (1 - 2**-k)) < 0.02
+
+
+def test_coverage_is_not_fooled_by_samples_that_lie_far_out():
+    real, samples = normal(300, 4), 30 * normal(300, 4, seed=1)
+    assert ev.precision_recall(samples, real)[1] > 0.9
+    assert ev.coverage(samples, real) < 0.05
+
+
 def test_nearest_takes_the_nearer_of_image_and_mirror():
     a, mirrored, training = normal(9, 4), normal(9, 4, seed=1), normal(20, 4, seed=2)
     table = torch.stack([torch.cdist(x, training) for x in (a, mirrored)]).amin(0)
@@ -137,6 +161,7 @@ def test_nearest_takes_the_nearer_of_image_and_mirror():
         (lambda: ev.kernel_distance(normal(9, 4), normal(99, 4)), "9 images are too few"),
         (lambda: ev.precision_recall(normal(3, 4), normal(9, 4)), "3 images have no 3-th"),
         (lambda: ev.precision_recall(normal(9, 4), normal(9, 5)), "same extractor|one and the"),
+        (lambda: ev.coverage(normal(9, 4), normal(3, 4)), "3 images have no 3-th"),
         (lambda: ev.nearest(normal(9, 4), normal(3, 4)), "3 images have no 10-th"),
         (lambda: ev.nearest(normal(9, 4), normal(30, 4), mirrored=normal(8, 4)), "mirrored"),
         (lambda: ev.frechet_distance(normal(9, 2) / 0, normal(9, 2)), "NaN or infinite"),
@@ -206,7 +231,13 @@ def images(count, seed=0):
 def test_features_of_two_extractors_are_never_mixed():
     a, b = (ev.extract_features(linear(seed), images(40)) for seed in (0, 1))
     plain = a.as_subclass(torch.Tensor)
-    for metric in (ev.frechet_distance, ev.kernel_distance, ev.precision_recall, ev.nearest):
+    for metric in (
+        ev.frechet_distance,
+        ev.kernel_distance,
+        ev.precision_recall,
+        ev.coverage,
+        ev.nearest,
+    ):
         metric(a, ev.extract_features(linear(0), images(30, seed=1)))
         metric(a, plain)
         for other in (b, b[5:], torch.cat([b, b]), b.split(20)[0], b * 2):

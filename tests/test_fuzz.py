@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from noisout_nb.data import ProceduralFlowers, species_labels, to_float, to_uint8
 from noisout_nb.evaluation import (
+    coverage,
     extract_features,
     frechet_distance,
     kernel_distance,
@@ -188,6 +189,7 @@ def test_distances(a, b):
     assert distance is None or distance > -1e-3
     answer(kernel_distance, a, b)
     answer(precision_recall, a, b, 1)
+    answer(coverage, a, b, 1)
     found = answer(nearest, a, b, 1)
     assert found is None or found[0].shape == (len(a), 1)
 

@@ -108,6 +108,11 @@ MODULES = [
         ("scipy", "- 2 * root_trace", "- root_trace"),
         ("loops", "@ q.T / dim + 1) ** 3", "@ q.T / dim + 1) ** 2"),
         ("definition", ".kthvalue(k + 1, dim=1)", ".kthvalue(k, dim=1)"),
+        (
+            "coverage",
+            "torch.cdist(part, samples).amin(1) <=",
+            "torch.cdist(part, samples).amax(1) <=",
+        ),
         ("prior_bits", "- 1 - 2 * noise.log()", "- 1 - noise.log()"),
         ("label", "len(y) != len(images)", "False"),
     ),
