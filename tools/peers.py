@@ -9,7 +9,8 @@ thread (the processor's time, so other programs count little); with CUDA, the cl
 kept in runs/peers/results.jsonl, and a program that is started anew goes on from there.
 
 At 32 x 32 each library is also trained on the embedded flowers for the same time, at the better of
-two learning rates (the lower held-out loss after a tenth of the time). Its samples are compared
+two learning rates (the lower held-out loss after a tenth of the time), and the better of its last
+and its averaged weights are taken. Its samples are compared
 with held-out flowers, three times 1,000 with 1,000, for several samplers and numbers of steps.
 "Equal distance" then means: the cheapest setting of a library whose distance is not above the
 wanted one by more than twice the error of their difference over the seeds. This is no test, and the
@@ -102,7 +103,7 @@ def peak() -> float:
 
 
 def training(name: str, rate: float, limit: float, kept: bool) -> dict:
-    """Train for `limit` seconds; the averaged weights are kept as a file."""
+    """Train for `limit` seconds; of the last and the averaged weights the better are kept."""
     from noisout_nb.data import VAL_SEED, ProceduralFlowers
 
     torch.manual_seed(0)
@@ -112,12 +113,17 @@ def training(name: str, rate: float, limit: float, kept: bool) -> dict:
     while done < steps and clock() - start < limit:
         contender.step()
         done += 1
-    held_out = ProceduralFlowers(32, 512, VAL_SEED)
     found = {"seconds": clock() - start, "planned": steps, "steps": done}
-    found["loss"] = contender.held_out_loss(held_out)
+    held_out, losses = ProceduralFlowers(32, 512, VAL_SEED), {}
+    parts = {"averaged": contender.average(), "last": contender.model.parameters()}
+    weights = {part: [p.detach().clone() for p in values] for part, values in parts.items()}
+    for part, values in weights.items():
+        contenders.put(contender.model, values)
+        losses[part] = contender.held_out_loss(held_out)
+    better = min(losses, key=lambda part: losses[part])
     if kept:
-        torch.save([p.detach().clone() for p in contender.average()], FOLDER / f"{name}.pth")
-    return found
+        torch.save(weights[better], FOLDER / f"{name}.pth")
+    return found | {"loss": losses[better], "weights": better, "losses": losses}
 
 
 def samples(name: str, sampler: str, steps: int, seed: int) -> dict:
@@ -248,8 +254,10 @@ def trained(limit: float) -> str:
         }
         rate = min(tried, key=lambda rate: tried[rate])
         found = done("training", name=name, rate=rate, limit=limit, kept=True)
-        rows.append([name, f"{rate:g}", str(found["steps"]), f"{found['seconds']:.0f}"])
-    return table(["", "learning rate", f"steps of {contenders.BATCH} images", "seconds"], rows)
+        spent = str(found["steps"]), f"{found['seconds']:.0f}", found["weights"]
+        rows.append([name, f"{rate:g}", *spent])
+    steps = f"steps of {contenders.BATCH} images"
+    return table(["", "learning rate", steps, "seconds", "weights"], rows)
 
 
 def distances(calls: dict[str, float]) -> str:
