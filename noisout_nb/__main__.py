@@ -17,7 +17,7 @@ EXAMPLES = """\
 examples:
   python -m noisout_nb sample sunflower --count 8 --out sunflowers.png
   python -m noisout_nb sample rose "water lily" --seed 3
-  python -m noisout_nb train                        the embedded flowers, about two minutes
+  python -m noisout_nb train                        the embedded flowers, under two minutes
   python -m noisout_nb train --profile flowers64 --train-steps 24000
   python -m noisout_nb evaluate --profile quick --samples 512
   torchrun --nproc-per-node=2 -m noisout_nb train --profile flowers64

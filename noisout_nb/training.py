@@ -134,7 +134,7 @@ def train(
 ) -> "Run":
     """Algorithm 1 of Ho et al. 2020: an iterator whose every `next` takes one step, a `Step`.
 
-        with train(model, process, batches, ema, steps=1300, learning_rate=2e-3) as run:
+        with train(model, process, batches, ema, steps=900, learning_rate=2e-3) as run:
             for step in run:
                 print(step.index, step.loss)
 

@@ -39,7 +39,7 @@ ARMS = {  # name in the table -> fields of the profile
     "eps": {"prediction": "eps", "weighting": None, "max_weight": None},
     "v": {"prediction": "v", "weighting": None, "max_weight": None},
     "x0": {"prediction": "x0", "weighting": None, "max_weight": None},
-    "x0, snr+1": {"prediction": "x0"},  # what the profile has
+    "x0, snr+1": {"prediction": "x0", "weighting": "snr+1", "max_weight": 25.0},
 }
 
 

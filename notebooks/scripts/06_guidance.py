@@ -388,8 +388,8 @@ Explorer(
 # ## Flowers and a worse network
 #
 # In the plane autoguidance was the best. And with flowers? The network to be guided is the small
-# one, after its 7,000 training steps. The worse one is of the same kind, with half the channels and
-# 100 steps: less capacity and less training, as in the paper.
+# one, after its 24,000 training steps. The worse one is of the same kind, with half the channels
+# and 100 steps: less capacity and less training, as in the paper.
 
 # %%
 torch.manual_seed(2)
@@ -548,7 +548,7 @@ plot_lines(
     hlines={"the same direction": 1, "nothing in common": 0},
     size=(720, 280),
     alt="Cosine similarity of the classifier's and the label's push against t: for pixels below "
-    "0.1 up to t = 700, rising to 0.4 at the end; for averages 0.2, rising to 0.5",
+    "0.1 up to t = 700, rising to 0.4 at the end; for averages below 0.2, rising to above 0.5",
 )
 
 # %% [markdown]

@@ -461,8 +461,8 @@ image_grid(
     scale=3,
     row_labels=[f"strength {name}" for name in rows],
     column_labels=[f"to {classes[label]}" for label in wanted],
-    alt="Four flowers at growing strength: at 0.3 they keep their species, at 0.6 they are mixtures"
-    " in the old place and size, at 0.9 they are of the other species",
+    alt="Four flowers at growing strength: at 0.3 they keep their petals and change colour, at 0.6 "
+    "they are mixtures in the old place and size, at 0.9 they are of the other species",
 )
 
 # %%

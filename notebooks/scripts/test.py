@@ -24,7 +24,7 @@
 #
 # **What you need**: two CPU cores and two minutes. A *profile* sets the data, the image size and
 # the length of training. With `NOISOUT_PROFILE=flowers64` this page trains on photographs (Oxford
-# Flowers102, a download of 345 MB), for hours on a CPU or minutes on a GPU; with
+# Flowers102, a download of 345 MB), which takes hours on a CPU; with
 # `NOISOUT_PROFILE=folder NOISOUT_DATA=path/to/images`, on your own images. An interrupted run
 # resumes where it stopped.
 
@@ -82,10 +82,10 @@ grid
 # %% [markdown]
 # Now train one of your own, from scratch, on the data of your profile.
 #
-# ## 1 Data ([01_data](01_data.ipynb))
+# ## 1 Data
 #
 # Images of one size, values in $[-1, 1]$, with the species as label. Some are held out: the network
-# is never trained on them.
+# is never trained on them. Notebook [01_data](01_data.ipynb) looks at them closely.
 
 # %%
 data, held_out = load_data(profile), load_data(profile, "val")
@@ -97,11 +97,11 @@ images, labels = batches[0]
 image_grid(images[:16].cpu(), columns=8, alt="The first batch: sixteen flowers of the training set")
 
 # %% [markdown]
-# ## 2 Noise ([02_forward_process](02_forward_process.ipynb))
+# ## 2 Noise
 #
 # Gaussian noise destroys the image step by step: at timestep $t$ it is
 # $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, with $\bar\alpha_t$ falling
-# from 1 to 0.
+# from 1 to 0 ([02_forward_process](02_forward_process.ipynb)).
 
 # %%
 process = GaussianDiffusion.from_config(**profile.process).to(device)
@@ -115,10 +115,11 @@ alt = "A flower dissolves in nine steps, from t = 0 to pure noise"
 filmstrip([x_t.cpu()], column_labels=labels, arrow="the forward process", alt=alt)
 
 # %% [markdown]
-# ## 3 Network ([03_unet](03_unet.ipynb))
+# ## 3 Network
 #
-# A UNet takes $x_t$, $t$ and the species, and predicts the clean image $x_0$. Beside it we keep a
-# moving average of its weights (EMA), which gives better samples than the weights of a single step.
+# A [UNet](03_unet.ipynb) takes $x_t$, $t$ and the species, and predicts the clean image $x_0$.
+# Beside it we keep a moving average of its weights (EMA), which gives better samples than the
+# weights of a single step.
 
 # %%
 model = UNet(**profile.network, num_classes=len(data.classes))
@@ -127,10 +128,11 @@ ema, losses, previews = EMA(model, profile.ema_decay), [], {}
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters, predicts {process.prediction}")
 
 # %% [markdown]
-# ## 4 Training ([04_training](04_training.ipynb))
+# ## 4 Training
 #
 # Take a batch, random timesteps and noise; predict $x_0$; take a gradient step on the squared
-# error. The samples below the curve show what the network has learned so far.
+# error ([04_training](04_training.ipynb) derives it). The samples below the curve show what the
+# network has learned so far.
 
 # %%
 species = torch.arange(8, device=device) % len(data.classes)
@@ -174,10 +176,11 @@ if profile.dataset == "flowers102":
     publish(profile.weights, profile.published)
 
 # %% [markdown]
-# ## 5 Samples ([05_sampling](05_sampling.ipynb), [06_guidance](06_guidance.ipynb))
+# ## 5 Samples
 #
-# Start from pure noise, predict the clean image, take a small step towards it, predict again. The
-# film shows $x_t$ and, below it, the prediction $\hat x_0$.
+# Start from pure noise, predict the clean image, take a small step towards it, predict again
+# ([05_sampling](05_sampling.ipynb), [06_guidance](06_guidance.ipynb)). The film shows $x_t$ and,
+# below it, the prediction $\hat x_0$.
 
 # %%
 trained, process, classes = load_model(profile.weights, device)
@@ -223,11 +226,11 @@ for name, figure in {"demo.png": demo, "results.png": results}.items():
 print(f"saved demo.png and results.png in runs/{profile.name}")
 
 # %% [markdown]
-# ## How good are they? ([07_evaluation](07_evaluation.ipynb))
+# ## How good are they?
 #
 # We compare samples with held-out images in simple statistics: the flower's size, its colour and
 # the background. 0 means the same distribution, 1 a shift by one standard deviation. For scale: a
-# second set of real images, and noise.
+# second set of real images, and noise. ([07_evaluation](07_evaluation.ipynb) measures more.)
 
 # %%
 order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
