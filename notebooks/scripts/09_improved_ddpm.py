@@ -353,13 +353,13 @@ bars(
     errors=error,
     x_label="bits per dimension, mean of 512 draws, +- one standard error",
     number="{:.1f}",
-    alt="Bits per dimension with error bars: 27 with the fixed variance, 14 with one learned from "
-    "uniform t, 11 with importance sampling, whether or not the loss is divided by 1,000",
+    alt="Bits per dimension with error bars: 24 with the fixed variance, 15 with one learned from "
+    "uniform t, 10 with importance sampling, 11 if the loss is divided by 1,000",
 )
 
 # %% [markdown]
-# Same network, same mean: the learned variance saves about half of the bits, and importance
-# sampling a few more in as many steps. Where? We compare the terms, and look at $f$ itself.
+# Same network, same mean: a learned variance saves a third of the bits, and with importance
+# sampling more than half in as many steps. Where? We compare the terms, and look at $f$ itself.
 
 # %%
 x_0, x_t, t, weight, hidden, prediction = draws(256, mixed, held_out, 3)
@@ -388,7 +388,7 @@ plot_lines(
     markers=True,
     size=(720, 260),
     alt="Terms of the bound: with the learned variance they are lower in the first eight timesteps "
-    "and somewhat higher from the tenth on",
+    "and higher from about the fifteenth on",
 )
 
 # %%
@@ -400,7 +400,7 @@ plot_lines(
     markers=True,
     hlines={"variance = upper bound": 1, "variance = lower bound": -1},
     size=(720, 220),
-    alt="The mean of f at the first timesteps: between 3 and 6, above the upper bound at 1",
+    alt="The mean of f at the first timesteps: between 2 and 5, above the upper bound at 1",
 )
 
 # %% [markdown]
@@ -463,8 +463,7 @@ print("gradient of L_vlb for the prediction:  ", of_bound[last][:channels].abs()
 #
 # - *For the variance's own channels, no.* Their gradient comes from the bound alone, and Adam
 #   divides each gradient by its own typical size, so a constant factor cancels. The figure of
-#   the bits shows it: trained with a thousandth of the loss, the variance costs equally many
-#   within the error.
+#   the bits shows it: trained with a thousandth of the loss, the variance costs hardly more.
 # - *For all layers below, it might.* There the bound's gradient is added to that of
 #   $L_\text{simple}$. How large is it?
 
@@ -483,15 +482,15 @@ bars(
     x_label="norm of the gradient in the shared layers",
     log_x=True,
     number="{:.2g}",
-    alt="Norms of gradients on a log axis: the bound has about a quarter of that of L_simple; "
+    alt="Norms of gradients on a log axis: the bound has less than half of that of L_simple; "
     "without T it is a thousandth of that",
 )
 
 
 # %% [markdown]
-# With $T$ the bound has a say in the shared layers, here about a quarter of that of
-# $L_\text{simple}$; without it, none to speak of. So that is what $T$ decides: how much of the
-# network works for the variance, and not whether the variance is learned.
+# With $T$ the bound has a say in the shared layers, here nearly half of that of $L_\text{simple}$;
+# without it, none to speak of. So that is what $T$ decides: how much of the network works for the
+# variance, and not whether the variance is learned.
 #
 # Do the samples look different? DDPM uses the learned variance in each step. Below, 25 steps with
 # the fixed and the learned one, and with $f$ clamped to its interval, from the same noise and with
@@ -517,17 +516,18 @@ filmstrip(
     column_labels=[classes[i] for i in six],
     scale=3,
     alt="Six flowers by DDPM with the fixed, the learned and the clamped variance: the same "
-    "flowers; with the learned variance their edges break up into coloured pixels, in the other "
-    "two rows they are smooth",
+    "flowers; with the learned variance a daisy's petals and a starflower's centre get coloured "
+    "spots, in the other two rows they are clean",
 )
 
 # %% [markdown]
-# The second row breaks up. $f$ was learned on 1,000 small steps. With 25 the bounds lie far apart,
-# and outside of them the formula extrapolates: it adds more noise than the steps that are left can
-# remove. Inside, the eye sees no difference, since a likelihood is decided by details that cannot
-# be seen. (Nichol & Dhariwal report that their network never left the interval, and that its
-# learned variances let DDPM sample in fewer steps. Their mean was trained to a better bound than
-# ours.) So the profiles of this series sample with the fixed variance.
+# In the second row daisy and starflower get spots. $f$ was learned on 1,000 small steps. With 25
+# the bounds lie far apart, and outside of them the formula extrapolates: it adds more noise than
+# the steps that are left can remove. Inside, the eye sees no difference, since a likelihood is
+# decided by details that cannot be seen. (Nichol & Dhariwal report that their network never left
+# the interval, and that its learned variances let DDPM sample in fewer steps. Their mean was
+# trained to a better bound than ours.) So the profiles of this series sample with the fixed
+# variance.
 #
 # ## The cosine schedule
 #
