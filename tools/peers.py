@@ -10,11 +10,10 @@ kept in runs/peers/results.jsonl, and a program that is started anew goes on fro
 
 At 32 x 32 each library is also trained on the embedded flowers for the same time, at the better of
 two learning rates (the lower held-out loss after a tenth of the time), and the better of its last
-and its averaged weights are taken. Its samples are compared
-with held-out flowers, three times 1,000 with 1,000, for several samplers and numbers of steps.
-"Equal distance" then means: the cheapest setting of a library whose distance is not above the
-wanted one by more than twice the error of their difference over the seeds. This is no test, and the
-peers are no requirements.
+and its averaged weights are taken. Its samples are compared with held-out flowers, three times
+1,000 with 1,000, for several samplers and numbers of steps. "Equal distance" then means: the
+cheapest setting of a library whose distance is not above the wanted one by more than twice the
+error of their difference over the seeds. This is no test, and the peers are no requirements.
 """
 
 import argparse
