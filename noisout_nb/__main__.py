@@ -185,7 +185,7 @@ def _add_sample(commands) -> None:
     scale = "1: the species alone; above 1: more typical, less varied"
     parser.add_argument("--guidance-scale", type=float, help=f"{scale} (the profile's own)")
     parser.add_argument("--steps", type=int, help="sampling steps (the profile's own)")
-    parser.add_argument("--sampler", help="ddpm, ddim, dpm_solver or heun (the profile's own)")
+    parser.add_argument("--sampler", help="ddpm, ddim, dpm_solver, sde_dpm_solver or heun")
     parser.add_argument("--weights", help="file of weights (those of the profile)")
     _add_profile(parser, "flowers64")
 

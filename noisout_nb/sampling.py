@@ -117,17 +117,34 @@ def ddim(
     With eta = 0 it is Euler's method on the probability-flow ODE d(x / alpha) = eps d(sigma), with
     alpha = sqrt(alpha_bar) and sigma = sqrt((1 - alpha_bar) / alpha_bar): first order.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}: it must lie in 0..1, from deterministic to DDPM's noise")
+    _check_eta(eta)
     process, x = _start(process, x_T, y, steps, spacing)
     for i, t in _timesteps(process, x):
         x_start, noise, _ = predict(model, process, x, t, y)
-        variance = eta**2 * process.posterior_variance[i]
-        alpha_bar = process.alphas_cumprod_prev[i]
-        x = alpha_bar.sqrt() * x_start + (1 - alpha_bar - variance).clamp(min=0).sqrt() * noise
-        if eta > 0 and i > 0:
-            x = x + variance.sqrt() * _randn(x, generator)
+        x = _ddim_step(process, i, x_start, noise, eta, generator)
         yield State(int(process.timestep_map[i]), x, x_start)
+
+
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: it must lie in 0..1, from deterministic to DDPM's noise")
+
+
+def _ddim_step(
+    process: GaussianDiffusion,
+    i: int,
+    x_start: Tensor,
+    noise: Tensor,
+    eta: float,
+    generator: Generators,
+) -> Tensor:
+    """x_{i-1} of Song et al. 2021, eq. 12; the last step, to x_0, adds no noise."""
+    variance = eta**2 * process.posterior_variance[i]
+    alpha_bar = process.alphas_cumprod_prev[i]
+    x = alpha_bar.sqrt() * x_start + (1 - alpha_bar - variance).clamp(min=0).sqrt() * noise
+    if eta > 0 and i > 0:
+        x = x + variance.sqrt() * _randn(x, generator)
+    return x
 
 
 @torch.no_grad()
@@ -139,15 +156,17 @@ def dpm_solver(
     *,
     steps: int | None = 20,
     spacing: str = "uniform",
+    eta: float = 0.0,
     generator: Generators = None,
 ) -> Iterator[State]:
-    """DPM-Solver++(2M), Algorithm 2 of Lu et al. 2022: deterministic, second order.
+    """DPM-Solver++(2M), Algorithm 2 of Lu et al. 2022: second order, deterministic for eta = 0.
 
     It is DDIM with a better x_0: over lambda = log sqrt(alpha_bar / (1 - alpha_bar)) the last two
     predicted x_0 are extrapolated along a line to the middle of the step. The first step, which
-    has no predecessor, and the last one, where lambda is infinite, are DDIM's. `generator` is not
-    used.
+    has no predecessor, and the last one, where lambda is infinite, are DDIM's. With eta > 0 each
+    step removes and adds as much noise as that of `ddim` does.
     """
+    _check_eta(eta)
     process, x = _start(process, x_T, y, steps, spacing)
     lambdas = (-process.sigmas.double().log()).tolist()
     previous = None
@@ -158,10 +177,27 @@ def dpm_solver(
             ratio = (lambdas[i - 1] - lambdas[i]) / (lambdas[i] - lambdas[i + 1])
             target = x_start + ratio / 2 * (x_start - previous)
             noise = process.predict_noise_from_start(x, t, target)
-        alpha_bar = process.alphas_cumprod_prev[i]
-        x = alpha_bar.sqrt() * target + (1 - alpha_bar).sqrt() * noise
+        x = _ddim_step(process, i, target, noise, eta, generator)
         previous = x_start
         yield State(int(process.timestep_map[i]), x, x_start)
+
+
+def sde_dpm_solver(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    x_T: Tensor,
+    y: Tensor | None = None,
+    *,
+    steps: int | None = 20,
+    spacing: str = "uniform",
+    generator: Generators = None,
+) -> Iterator[State]:
+    """SDE-DPM-Solver++(2M) of Lu et al. 2022: `dpm_solver` with eta = 1, as `ddpm` is to `ddim`.
+
+    Noise removed along with that of the image takes errors of earlier steps with it.
+    """
+    options = {"steps": steps, "spacing": spacing, "generator": generator}
+    return dpm_solver(model, process, x_T, y, eta=1.0, **options)
 
 
 @torch.no_grad()
@@ -195,7 +231,13 @@ def heun(
         yield State(int(process.timestep_map[i]), x, x_start)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver, "heun": heun}
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_solver": dpm_solver,
+    "sde_dpm_solver": sde_dpm_solver,
+    "heun": heun,
+}
 
 
 def sample(

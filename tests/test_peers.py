@@ -82,7 +82,7 @@ def test_a_contender_trains_and_samples(name):
     assert 0 < loss < 10 and loss == contender.held_out_loss(ProceduralFlowers(32, 16, seed=5))
     assert all(map(torch.equal, trained, contender.model.parameters()))
 
-    labels, (sampler, steps) = torch.tensor([0, 3]), contender.settings[0]
+    labels, (sampler, steps) = torch.tensor([0, 3]), contender.settings[32][0]
     images = contender.sample(labels, sampler, steps, 0)
     assert images.shape == (2, 3, 32, 32) and images.abs().max() <= 1
     assert torch.equal(images, contender.sample(labels, sampler, steps, 0))

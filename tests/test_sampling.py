@@ -22,6 +22,7 @@ from noisout_nb.sampling import (
     p_mean_variance,
     predict,
     sample,
+    sde_dpm_solver,
 )
 from noisout_nb.unet import UNet
 
@@ -145,11 +146,13 @@ def test_deterministic_samplers_reach_the_data(sampler, prediction):
     assert_close(x, STD * x_T, atol=0.02 * STD, rtol=0.02)
 
 
-@pytest.mark.parametrize("eta", [None, 0.5, 1.0])
-def test_stochastic_samplers_reach_the_data(process, eta):
+@pytest.mark.parametrize(
+    ("sampler", "eta"),
+    [(ddpm, None), (ddim, 0.5), (ddim, 1.0), (dpm_solver, 0.5), (sde_dpm_solver, None)],
+)
+def test_stochastic_samplers_reach_the_data(process, sampler, eta):
     x_T, generator = noise(4000, 1, 1, 1), torch.Generator().manual_seed(0)
     options = {"steps": 200, "spacing": "karras", "generator": generator}
-    sampler = ddpm if eta is None else ddim
     options |= {} if eta is None else {"eta": eta}
     x = final(sampler(ExactDenoiser(process), process, x_T, **options))
     assert x.std().item() == pytest.approx(STD, rel=0.04)
@@ -166,7 +169,8 @@ def test_the_last_call_of_20_uniform_steps_is_at_49_and_of_the_others_at_0(proce
 
 
 def test_calls(process):
-    for sampler, calls in ((ddpm, 6), (ddim, 6), (dpm_solver, 6), (heun, 10)):
+    wanted = {ddpm: 6, ddim: 6, dpm_solver: 6, sde_dpm_solver: 6, heun: 10}
+    for sampler, calls in wanted.items():
         model = ExactDenoiser(process)
         assert len(list(sampler(model, process, noise(), steps=6))) == 6
         assert len(model.seen) == calls
@@ -177,7 +181,7 @@ def test_calls(process):
         assert rest == []
         assert torch.equal(state.x, state.x_start)
     few = GaussianDiffusion.from_config("cosine", 60, "x0")
-    defaults = {ddpm: 60, ddim: 50, dpm_solver: 20, heun: 20}
+    defaults = {ddpm: 60, ddim: 50, dpm_solver: 20, sde_dpm_solver: 20, heun: 20}
     for sampler, steps in defaults.items():
         assert len(list(sampler(ExactDenoiser(few), few, noise()))) == steps
 
@@ -210,6 +214,38 @@ def test_dpm_solver_is_diffusers():
         states = dpm_solver(model, process, x_T, steps=5)
         for state, row in zip(states, rows, strict=True):
             assert_close(state.x.flatten(), torch.tensor(row), atol=3e-5, rtol=0)
+
+
+def test_sde_dpm_solver_is_diffusers(monkeypatch):
+    """diffusers 0.42.1 as above, sde-dpmsolver++; the noise of call k is k (0.5, -1, 0.25).
+
+    Its first cosine step, from sigma = 20,000 in float32, is 1e-4 off.
+    """
+    wanted = {
+        "cosine": [
+            (0.598678, -1.043977, 0.513985),
+            (1.112019, -1.968718, 0.913425),
+            (1.334559, -2.384821, 1.065284),
+            (1.029688, -1.81833, 0.852304),
+            (0.16, -0.12, 0.36),
+        ],
+        "linear": [
+            (0.621689, -1.175705, 0.313214),
+            (1.153598, -2.231166, 0.661314),
+            (1.717929, -3.286747, 1.061122),
+            (1.624357, -3.044093, 1.097128),
+            (0.16, -0.12, 0.36),
+        ],
+    }
+    x_T = torch.tensor([0.7, -1.1, 0.2]).view(1, 3, 1, 1)
+    for schedule, rows in wanted.items():
+        drawn = (torch.tensor([0.5, -1.0, 0.25]).view(1, 3, 1, 1) * k for k in range(1, 5))
+        monkeypatch.setattr(sampling, "_randn", lambda x, generator, drawn=drawn: next(drawn))
+        process = GaussianDiffusion.from_config(schedule, T, "x0")
+        model = Constant(torch.tensor([0.4, -0.3, 0.9]).view(1, 3, 1, 1))
+        states = sde_dpm_solver(model, process, x_T, steps=5)
+        for state, row in zip(states, rows, strict=True):
+            assert_close(state.x.flatten(), torch.tensor(row), atol=2e-4, rtol=0)
 
 
 def test_ddim_is_diffusers():
@@ -424,12 +460,13 @@ def test_all_samplers_refuse_bad_input_alike(small, process, sampler, message):
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
 def test_eta_lies_in_0_to_1(small, process, eta):
-    with pytest.raises(ValueError, match="eta is"):
-        next(ddim(small, process, noise(), eta=eta))
+    for sampler in (ddim, dpm_solver):
+        with pytest.raises(ValueError, match="eta is"):
+            next(sampler(small, process, noise(), eta=eta))
 
 
 BAD_SAMPLE = {
-    "unknown sampler 'euler': choose one of ddpm, ddim, dpm_solver, heun": {"sampler": "euler"},
+    "unknown sampler 'euler': choose one of ddpm, ddim, dpm_solver, ": {"sampler": "euler"},
     "batch_size is 0": {"batch_size": 0},
     "seed is None": {"seed": None},
     "seed is 1.5": {"seed": 1.5},

@@ -27,7 +27,10 @@ class NoisOut:
     """The profile `quick` at 32 x 32, `flowers64` at 64 x 64; images are kept in memory."""
 
     imports = "noisout_nb.training, noisout_nb.sampling"
-    settings = (("dpm_solver", 5), ("dpm_solver", 10), ("dpm_solver", 20))
+    settings = {
+        32: (("dpm_solver", 5), ("dpm_solver", 10), ("dpm_solver", 20)),
+        64: (("dpm_solver", 5), ("dpm_solver", 10)),
+    }
 
     def __init__(self, size, steps=1_000_000, rate=2e-3, bfloat16=False):
         from noisout_nb.data import load_data
@@ -152,7 +155,10 @@ class Diffusers(Peer):
     """
 
     imports = "diffusers.optimization, diffusers.training_utils, diffusers.models.unets.unet_2d"
-    settings = (("DPMSolverMultistep", 5), ("DPMSolverMultistep", 10), ("DPMSolverMultistep", 20))
+    settings = {
+        32: (("DPMSolverMultistep", 5), ("DPMSolverMultistep", 10), ("DPMSolverMultistep", 20)),
+        64: (("DPMSolverMultistep", 5), ("DPMSolverMultistep", 10)),
+    }
     networks = {
         32: {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 1},
         64: {"block_out_channels": (16, 32, 64, 128, 192), "layers_per_block": 1},
@@ -231,7 +237,7 @@ class DenoisingDiffusionPytorch(Peer):
     """
 
     imports = "denoising_diffusion_pytorch.classifier_free_guidance"
-    settings = (("DDIM", 10), ("DDIM", 20))
+    settings = {32: (("DDIM", 10), ("DDIM", 20)), 64: (("DDIM", 10),)}
     networks = {32: (1, 2, 2, 4), 64: (1, 2, 4, 8, 12)}
 
     def __init__(self, size, steps=1_000_000, rate=1e-4, bfloat16=False):

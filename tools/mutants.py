@@ -59,6 +59,7 @@ MODULES = [
         "tests/test_sampling.py",
         ("diffusers", "ratio / 2 * (x_start - previous)", "ratio * (x_start - previous)"),
         ("eta_1", "eta**2 * process.posterior_variance", "eta / 2 * process.posterior_variance"),
+        ("sde_dpm", "x_T, y, eta=1.0, **options", "x_T, y, eta=0.9, **options"),
         ("order", "(noise + noise_at_end) / 2", "noise"),
         ("eta_1", "(1 - alpha_bar - variance).clamp(min=0)", "(1 - alpha_bar).clamp(min=0)"),
         ("seed", "(2_654_435_769 * seed + index)", "(2_654_435_769 * seed)"),

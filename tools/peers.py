@@ -2,18 +2,20 @@
 
     pip install diffusers denoising-diffusion-pytorch
     python tools/peers.py 32                             about an hour of one thread
-    NOISOUT_DATA=folder python tools/peers.py 64         about ten minutes
+    NOISOUT_DATA=folder python tools/peers.py 64         an hour and a half
 
 Every number comes from a process of its own, and the libraries take turns. Times are those of one
 thread (the processor's time, so other programs count little); with CUDA, the clock's. Results are
 kept in runs/peers/results.jsonl, and a program that is started anew goes on from there.
 
-At 32 x 32 each library is also trained on the embedded flowers for the same time, at the better of
-two learning rates (the lower held-out loss after a tenth of the time), and the better of its last
-and its averaged weights are taken. Its samples are compared with held-out flowers, three times
-1,000 with 1,000, for several samplers and numbers of steps. "Equal distance" then means: the
-cheapest setting of a library whose distance is not above the wanted one by more than twice the
-error of their difference over the seeds. This is no test, and the peers are no requirements.
+Each library is also trained for the same time, on the embedded flowers at 32 x 32 and on the
+photographs at 64 x 64, at the better of two learning rates (the lower held-out loss after a tenth
+of the time), and the better of its last and its averaged weights are taken. For several samplers
+and numbers of steps, its samples are compared with held-out images: at 32 x 32 three times 1,000
+with 1,000, at 64 x 64 guided ones, three times each half of the 1,020 photographs with samples of
+the other half's species. "Equal distance" then means: the cheapest setting of a library whose
+distance is not above the wanted one by more than twice the error of their difference over the
+seeds. At 64 x 64 all of this runs in bfloat16. This is no test, and the peers are no requirements.
 """
 
 import argparse
@@ -45,6 +47,7 @@ MEASURES = DISTANCES | {
     "precision": "precision",
     "recall": "recall",
     "petals": "petals right",
+    "recognised": "recognised",
 }
 FOLDER = Path(os.environ.get("NOISOUT_RUNS") or ROOT / "runs") / "peers"
 
@@ -81,7 +84,7 @@ def speed(name: str, size: int, bfloat16: bool, turn: int) -> dict:
     found["memory"] = peak()
     found["load"] = seconds(contender.load, 10)
     labels = torch.arange(16, device=DEVICE) % CLASSES[size]
-    sampler = contender.settings[-1][0]
+    sampler = contender.settings[size][-1][0]
     found["call"] = seconds(lambda: contender.sample(labels, sampler, 4, 0), 2) / 4 / len(labels)
     if size == 64:
         guided = labels[:4], sampler, 20, 0, GUIDANCE
@@ -101,21 +104,29 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def training(name: str, rate: float, limit: float, kept: bool) -> dict:
+def profile(size: int):
+    from noisout_nb.profiles import PROFILES
+
+    return PROFILES["quick" if size == 32 else "flowers64"]
+
+
+def training(name: str, size: int, rate: float, limit: float, kept: bool) -> dict:
     """Train for about `limit` seconds; of the last and the averaged weights the better are kept.
 
     The learning rate falls over the whole run, so its steps are counted beforehand and all taken.
     """
-    from noisout_nb.data import VAL_SEED, ProceduralFlowers
+    from noisout_nb.data import load_data
 
     torch.manual_seed(0)
-    steps = int(limit / seconds(CONTENDERS[name](32).step, 8))  # the schedules need their number
-    contender = CONTENDERS[name](32, steps, rate)
+    bfloat16 = size == 64
+    trial = CONTENDERS[name](size, bfloat16=bfloat16)
+    steps = int(limit / seconds(trial.step, 8))  # the schedules need their number
+    contender = CONTENDERS[name](size, steps, rate, bfloat16)
     start = clock()
     for _ in range(steps):
         contender.step()
     found = {"seconds": clock() - start, "steps": steps}
-    held_out, losses = ProceduralFlowers(32, 512, VAL_SEED), {}
+    held_out, losses = load_data(profile(size), "val"), {}
     parts = {"averaged": contender.average(), "last": contender.model.parameters()}
     weights = {part: [p.detach().clone() for p in values] for part, values in parts.items()}
     for part, values in weights.items():
@@ -123,30 +134,46 @@ def training(name: str, rate: float, limit: float, kept: bool) -> dict:
         losses[part] = contender.held_out_loss(held_out)
     better = min(losses, key=lambda part: losses[part])
     if kept:
-        torch.save(weights[better], FOLDER / f"{name}.pth")
+        torch.save(weights[better], FOLDER / f"{name}-{size}.pth")
     return found | {"loss": losses[better], "weights": better, "losses": losses}
 
 
-def samples(name: str, sampler: str, steps: int, seed: int) -> dict:
-    """The protocol's measures of 1,000 samples, or of "real" flowers, against 1,000 others."""
+def comparisons(size: int, seed: int) -> tuple:
+    """The judge, and of each comparison the real images, their labels and the reference."""
     from noisout_nb.classifier import classifier_files, load_classifier
-    from noisout_nb.data import ProceduralFlowers, to_uint8
-    from noisout_nb.profiles import PROFILES
-    from noisout_nb.protocol import Judge
+    from noisout_nb.data import ProceduralFlowers, load_data
+    from noisout_nb.protocol import Judge, halves
 
-    reference = ProceduralFlowers(32, COUNT, 2_000_003 + seed)
-    others = ProceduralFlowers(32, COUNT, 3_000_003 + seed)
-    drawn, labels = others.images, others.labels
+    classifier, _ = load_classifier(classifier_files(profile(size))[0])
+    if size == 32:
+        reference = ProceduralFlowers(size, COUNT, 2_000_003 + seed)
+        real = ProceduralFlowers(size, COUNT, 3_000_003 + seed)
+        return Judge(classifier, real), [(real.images, real.labels, reference.images)]
+    data = load_data(profile(size), "val")
+    first, second = halves(data.labels, seed)
+    sets = (first, second), (second, first)
+    found = [(data.images[a], data.labels[a], data.images[b]) for a, b in sets]
+    return Judge(classifier, data), found
+
+
+def samples(name: str, size: int, sampler: str, steps: int, seed: int) -> dict:
+    """The protocol's measures of samples, or of the "real" images; guided ones at 64 x 64."""
+    from noisout_nb.data import to_uint8
+
     if name != "real":
-        contender = CONTENDERS[name](32)
-        contenders.put(contender.model, torch.load(FOLDER / f"{name}.pth", DEVICE))
-        parts = enumerate(labels.split(100))
-        found = [contender.sample(y, sampler, steps, 1000 * seed + i) for i, y in parts]
-        drawn = to_uint8(torch.cat(found)).cpu()
-    classifier, _ = load_classifier(classifier_files(PROFILES["quick"])[0])
-    judge = Judge(classifier, others)
-    expected = judge.features(reference.images)
-    return judge.measure(drawn, labels, judge.features(drawn), (reference.images, expected))
+        contender = CONTENDERS[name](size, bfloat16=size == 64)
+        contenders.put(contender.model, torch.load(FOLDER / f"{name}-{size}.pth", DEVICE))
+    judge, sets = comparisons(size, seed)
+    found, guidance = [], 1.0 if size == 32 else GUIDANCE
+    for number, (drawn, labels, reference) in enumerate(sets):
+        if name != "real":
+            first = 1000 * seed + 100 * number
+            parts = enumerate(labels.split(100), first)
+            drawn = [contender.sample(y, sampler, steps, i, guidance) for i, y in parts]
+            drawn = to_uint8(torch.cat(drawn)).cpu()
+        features, expected = judge.features(drawn), judge.features(reference)
+        found.append(judge.measure(drawn, labels, features, (reference, expected)))
+    return {key: statistics.mean(x[key] for x in found) for key in found[0]}
 
 
 JOBS = {"speed": speed, "training": training, "samples": samples}
@@ -204,7 +231,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def speeds(size: int) -> tuple[str, dict[str, float]]:
-    """The table of speed and memory, and the seconds of a network call per image (float32)."""
+    """The table of speed and memory, and the seconds of a step of sampling, per image.
+
+    At 64 x 64 a step is one with guidance, in bfloat16.
+    """
     columns = [(name, False) for name in CONTENDERS]
     columns += [(name, True) for name in CONTENDERS] if size == 64 else []
     turns = [
@@ -239,58 +269,64 @@ def speeds(size: int) -> tuple[str, dict[str, float]]:
     if size == 64:
         rows.insert(6, row("s per guided sample, 20 steps", lambda x: x["guided"]))
     head = ["", *(name + (", bfloat16" if bfloat16 else "") for name, bfloat16 in columns)]
-    calls = {
-        name: statistics.median(turn[name, False]["call"] for turn in turns) for name in CONTENDERS
-    }
-    return table(head, rows), calls
+    costs = {}
+    for name in CONTENDERS:
+        if size == 32:
+            costs[name] = statistics.median(turn[name, False]["call"] for turn in turns)
+        else:
+            costs[name] = statistics.median(turn[name, True]["guided"] / 20 for turn in turns)
+    return table(head, rows), costs
 
 
-def trained(limit: float) -> str:
+def trained(size: int, limit: float) -> str:
     """Train every library at the better of two learning rates; a table of what that took."""
     rows = []
     for name in CONTENDERS:
         tried = {
-            rate: done("training", name=name, rate=rate, limit=limit / 10, kept=False)["loss"]
+            rate: done("training", name=name, size=size, rate=rate, limit=limit / 10, kept=False)[
+                "loss"
+            ]
             for rate in RATES
         }
         rate = min(tried, key=lambda rate: tried[rate])
-        found = done("training", name=name, rate=rate, limit=limit, kept=True)
+        found = done("training", name=name, size=size, rate=rate, limit=limit, kept=True)
         spent = str(found["steps"]), f"{found['seconds']:.0f}", found["weights"]
         rows.append([name, f"{rate:g}", *spent])
     steps = f"steps of {contenders.BATCH} images"
     return table(["", "learning rate", steps, "seconds", "weights"], rows)
 
 
-def distances(calls: dict[str, float]) -> str:
+def distances(size: int, costs: dict[str, float]) -> str:
     """Distances of every setting, and the seconds per sample at equal distance."""
-    names = {"real": [("", 0)]} | {name: c.settings for name, c in CONTENDERS.items()}
+    names = {"real": [("", 0)]} | {name: c.settings[size] for name, c in CONTENDERS.items()}
     jobs = [(seed, name, *s) for seed in SEEDS for name in names for s in names[name]]
     found: dict = {}
     for seed, name, sampler, steps in sorted(jobs, key=lambda job: job[3]):
-        result = done("samples", name=name, sampler=sampler, steps=steps, seed=seed)
+        result = done("samples", name=name, size=size, sampler=sampler, steps=steps, seed=seed)
         found.setdefault((name, sampler, steps), []).append(result)
-    rows = []
+    rows, left = [], "recognised" if size == 32 else "petals"
+    measures = {key: title for key, title in MEASURES.items() if key != left}
     for name, sampler, steps in found:
         if name == "real":
             continue
-        cells = [f"{1e3 * calls[name] * steps:.0f}"]
-        for key in MEASURES:
+        cells = [f"{1e3 * costs[name] * steps:.0f}"]
+        for key in measures:
             pairs = zip(found[name, sampler, steps], found["real", "", 0], strict=True)
             is_distance = key in (*DISTANCES, "frechet")
             values = [x[key] - real[key] * is_distance for x, real in pairs]
             cells.append("{:.3g} ± {:.1g}".format(*mean_and_error(values)))
         rows.append([f"{name}, {sampler} {steps}", *cells])
-    head = ["distances above real flowers'", "ms per sample", *MEASURES.values()]
-    return table(head, rows) + "\n" + equal_distance(found, calls)
+    head = ["distances above real flowers'", "ms per sample", *measures.values()]
+    return table(head, rows) + "\n" + equal_distance(found, costs)
 
 
-def equal_distance(found: dict, calls: dict[str, float]) -> str:
+def equal_distance(found: dict, costs: dict[str, float]) -> str:
     rows = []
     for key, title in DISTANCES.items():
         settings = {name: {} for name in CONTENDERS}
         for (name, sampler, steps), results in found.items():
             if name != "real":
-                cost = 1e3 * calls[name] * steps
+                cost = 1e3 * costs[name] * steps
                 settings[name][f"{sampler} {steps}"] = (cost, [x[key] for x in results])
         for goal in CONTENDERS:
             _, best = min(settings[goal].values(), key=lambda s: statistics.mean(s[1]))
@@ -327,11 +363,10 @@ def main():
         print(json.dumps(JOBS[given.pop("job")](**given)))
         return
     print(f"{versions()}\n")
-    text, calls = speeds(options.size)
+    text, costs = speeds(options.size)
     print(text)
-    if options.size == 32:
-        print(trained(options.limit))
-        print(distances(calls))
+    print(trained(options.size, options.limit))
+    print(distances(options.size, costs))
 
 
 if __name__ == "__main__":
