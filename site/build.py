@@ -140,6 +140,7 @@ def assemble(modules: Path | None) -> None:
     card_of_models = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     unbroken = card_of_models.replace(" ± ", "\u00a0±\u00a0")  # a value and its error, in one line
     (SOURCE / "models" / "README.md").write_text(unbroken, encoding="utf-8")
+    shutil.copy(ROOT / "models" / "Flowers102_loss.png", SOURCE / "models")
     shutil.copytree(SITE / "_static", SOURCE / "_static")
     shutil.copytree(NOTEBOOKS / "images", SOURCE / "notebooks" / "images")
     cards = {}
