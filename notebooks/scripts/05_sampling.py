@@ -418,7 +418,7 @@ filmstrip(
 # ## What new noise is good for
 #
 # Deterministic samplers need fewer steps, and yet DDPM's noise has a merit. A network errs, and an
-# ODE carries every error to the end. Let the perfect prediction be too high by 0.2 while
+# ODE carries part of each error to the end. Let the perfect prediction be too high by 0.2 while
 # $\sigma > 1$, and take the same steps with and without new noise. (`dpm_solver` has DDIM's `eta`,
 # too: $D$ takes the place of $\hat x_0$ in DDPM's step.)
 
@@ -464,8 +464,8 @@ filmstrip(
 # %% [markdown]
 # Measured on 6,120 samples each ([model card](../models/README.md)), new noise takes their kernel
 # distance to photographs (notebook 07; of photographs themselves: -3) from 17 to 10, with as many
-# calls. With guidance, which corrects errors too, less of it is enough: at scale 2 with new noise
-# samples are nearer to photographs than at scale 3 without (4 and 7) and more varied.
+# calls. With guidance at scale 2, samples with new noise are nearer to photographs than those at
+# scale 3 without (4 and 7), and more varied. (How much of that is the scale was not measured.)
 #
 # ## From one flower to another
 #
