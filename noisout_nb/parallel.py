@@ -68,6 +68,10 @@ def _own_gpu(local_rank: int) -> torch.device:
 def _join(device: torch.device) -> None:
     if dist.is_initialized():
         return
+    # Its functions take the group there is at import as their default: imported later, by torch
+    # itself, they would keep ours, and its threads, alive until the interpreter is gone.
+    import torch.distributed.nn  # noqa: F401
+
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
     else:

@@ -92,15 +92,19 @@ def test_only_devices_with_bfloat16_have_it(monkeypatch):
 # Several processes
 
 PROGRAM = """
-import os, sys, time
+import atexit, sys, weakref
 from pathlib import Path
 import torch
+import torch.distributed as dist
 torch.set_num_threads(1)
 from noisout_nb.parallel import gather, get_device, rank_and_world, share
 folder = Path(sys.argv[1])
 
+# registered before the group is joined, so called after it has been left
+atexit.register(lambda: (folder / f"group{rank}").write_text(str(group and group())))
 assert get_device() == torch.device("cpu")
 rank, world = rank_and_world()
+group = weakref.ref(dist.group.WORLD) if world > 1 else None
 
 for count in range(2 * world + 2):
     for shape in ((count,), (count, 2, 3)):
@@ -132,6 +136,9 @@ def launch(folder, processes):
     result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[:4000]
     assert "destroy_process_group" not in result.stderr, "the group was not left"
+    for rank in range(processes):
+        kept = (folder / f"group{rank}").read_text()
+        assert kept == "None", f"{kept} is left: its threads outlive Python, which may abort"
     return folder
 
 
