@@ -158,7 +158,7 @@ _FLOWERS64 = Profile(
     train_steps=24_000,
     learning_rate=5e-4,
     ema_decay=0.999,
-    guidance_scale=3.0,
+    guidance_scale=2.0,
     guidance_interval=(0.3, 8.0),
     sampler="dpm_solver",
 )

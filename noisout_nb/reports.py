@@ -120,7 +120,7 @@ def _vectors(features: dict[str, Tensor]) -> dict[str, Tensor]:
     """All held-out images' features, and as many of each sampler as a small file has room for."""
     real = features["held-out"][:1500]
     dim, others = real.shape[1], [name for name in features if name != "held-out"]
-    room = 850_000 - 2 * dim * (len(real) + dim + 3)  # bytes, less the training images' moments
+    room = 900_000 - 2 * dim * (len(real) + dim + 3)  # bytes, less the training images' moments
     count = max(0, min(1500, room // (2 * dim * len(others))))
     return {"held-out": real} | {name: features[name][:count] for name in others}
 

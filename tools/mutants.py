@@ -66,6 +66,11 @@ MODULES = [
         ("learned", "variance = process.p_log_variance(x, t, fraction).exp()", "pass"),
     ),
     (
+        "parallel.py",
+        "tests/test_parallel.py",
+        ("processes_give", "    import torch.distributed.nn  # noqa: F401\n", ""),
+    ),
+    (
         "training.py",
         "tests/test_training.py",
         ("algorithm", "settings.label_dropout, generator", "0.1, generator"),

@@ -464,8 +464,8 @@ filmstrip(
 # %% [markdown]
 # Measured on 6,120 samples each ([model card](../models/README.md)), new noise takes their kernel
 # distance to photographs (notebook 07; of photographs themselves: -3) from 17 to 10, with as many
-# calls. With guidance at scale 2, samples with new noise are nearer to photographs than those at
-# scale 3 without (4 and 7), and more varied. (How much of that is the scale was not measured.)
+# calls. With guidance (06) there is less to correct: at scale 2 it is 3 without new noise and 4
+# with it.
 #
 # ## From one flower to another
 #
