@@ -1,8 +1,8 @@
 """Side by side with diffusers and denoising-diffusion-pytorch: one task, data, batch and machine.
 
     pip install diffusers denoising-diffusion-pytorch
-    python tools/peers.py 32                             about an hour of one thread
-    NOISOUT_DATA=folder python tools/peers.py 64         an hour and a half
+    python tools/peers.py 32                                         about an hour of one thread
+    NOISOUT_DATA=folder python tools/peers.py 64 --limit 1200        three hours
 
 Every number comes from a process of its own, and the libraries take turns. Times are those of one
 thread (the processor's time, so other programs count little); with CUDA, the clock's. Results are
