@@ -668,7 +668,7 @@ photo_noise = torch.randn(510, 3, 64, 64, generator=torch.Generator().manual_see
 first, second = photo["held-out"].tensor_split(2)  # five photographs of each species in both
 rows = {
     "real": second,
-    **{f"guidance {s}": photo[f"samples, guidance {s}"][:510] for s in (1, 2, 3)},
+    **{name.removeprefix("samples, "): x[:510] for name, x in photo.items() if "samples" in name},
     "noise": extract_features(ClassifierFeatures(judge), photo_noise),
 }
 measured = {
@@ -686,8 +686,8 @@ stack(
 )
 
 # %% [markdown]
-# Scale 2 takes the samples nearer to photographs. Scale 3 does not: it draws what is most typical,
-# and recall falls. So `sample_image` guides with scale 2.
+# Scale 2 takes the samples nearer to photographs. At scale 3 the Fréchet distance grows again, as
+# guidance draws what is most typical, and recall falls. So `sample_image` guides with scale 2.
 #
 # Each bar is of 510 images against 510 photographs. Distances to all training photographs, of which
 # the file has the moments, are smaller numbers for the same samples: another N.
