@@ -4,16 +4,19 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import nbformat
 import psutil
 import pytest
+from jupyter_client.connect import LocalPortCache
+from suite import Kernel
 
-from notebooks import METADATA, ROOT, canonicalise
+from notebooks import METADATA, ROOT, canonicalise, execute
 
 SWALLOWS_ONE_INTERRUPT = """import time
 try:
@@ -212,6 +215,46 @@ def start(folder, verb, source, **environment):
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+class Ports(ExitStack):
+    """In place of jupyter_client's choice of ports: the first `kernels` find theirs taken."""
+
+    def __init__(self, monkeypatch, kernels):
+        super().__init__()
+        self.left = 5 * kernels
+        monkeypatch.setattr(LocalPortCache, "find_available_port", lambda _, ip: self.choose(ip))
+
+    def choose(self, ip):
+        self.left -= 1
+        server = self.enter_context(socket.create_server((ip, 0)))
+        port = server.getsockname()[1]
+        if self.left < 0:
+            server.close()
+        return port
+
+
+def start_under_nbval():
+    kernel = Kernel(":nbval-parent-env")
+    kernel.stop()
+
+
+def start_under_nbclient():
+    execute(nbformat.v4.new_notebook(cells=[code("1 + 1")], metadata=METADATA), "tiny", 100)
+
+
+@pytest.mark.parametrize("begin", [start_under_nbval, start_under_nbclient])
+def test_a_kernel_whose_ports_were_taken_is_started_again(monkeypatch, begin):
+    with Ports(monkeypatch, kernels=2) as ports:
+        begin()
+    assert ports.left == -5
+
+
+def test_a_kernel_that_never_starts_says_why(monkeypatch):
+    reason = pytest.raises(RuntimeError, match="died before (.*\n)+.*Address already in use")
+    with Ports(monkeypatch, kernels=3) as ports, reason:
+        start_under_nbval()
+    assert ports.left == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="not here: Windows has no SIGINT for one process")

@@ -1,5 +1,7 @@
 """A pytest plugin over nbval and pytest-xdist: the suite cannot be green by accident.
 
+- A kernel that dies before it answers is started again, twice: its ports are chosen before it takes
+  them, and another program may be faster.
 - A cell that is interrupted, that exceeds the machine's time limit or whose kernel dies fails, and
   the rest of its notebook is not run. (nbval marks that rest as expected failures; and a loop that
   takes an interrupt for "stop" lets its cell pass half-done.)
@@ -14,6 +16,7 @@ import json
 import math
 import os
 import subprocess
+import tempfile
 import time
 import warnings
 from contextlib import ExitStack
@@ -23,9 +26,9 @@ from queue import Empty
 import nbformat
 import pytest
 from nbval import plugin as nbval
-from nbval.kernel import RunningKernel
+from nbval.kernel import RunningKernel, start_new_kernel
 
-from notebooks import canonicalise, fixed_environment, time_limit
+from notebooks import STARTS, canonicalise, fixed_environment, time_limit
 
 ASKED_FOR, NOT_RUN = "not here: ", "not run: "
 NBVAL_DEFAULT = 2000.0  # seconds for a cell, where the command line names none
@@ -39,6 +42,20 @@ class DeadKernel(Exception):
 
 class Kernel(RunningKernel):
     """nbval's kernel; its death is noticed within a second, not at the time limit."""
+
+    def __init__(self, kernel_name, cwd=None, startup_timeout=60):
+        options = {"kernel_name": kernel_name, "cwd": cwd, "startup_timeout": startup_timeout}
+        for left in reversed(range(STARTS)):
+            with tempfile.TemporaryFile() as words:
+                try:
+                    self.km, self.kc = start_new_kernel(stderr=words, **options)
+                    break
+                except RuntimeError as error:
+                    if not left:
+                        words.seek(0)
+                        last = words.read()[-2000:].decode(errors="replace")
+                        raise RuntimeError(f"{error}. Its last words:\n{last}") from None
+        self._ensure_iopub_up()
 
     def get_message(self, stream, timeout=None):
         end = time.monotonic() + (math.inf if timeout is None else timeout)
