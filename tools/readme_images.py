@@ -49,7 +49,7 @@ def results() -> None:
 
 
 def demo() -> None:
-    """The reverse process of one sunflower: x_t above, the predicted x_0 below."""
+    """The reverse process of one sunflower: the image above, the predicted x_0 below."""
     model, process, classes = load_model(PROFILE.published)
     guided = ClassifierFreeGuidance(
         model, PROFILE.guidance_scale, process=process, interval=PROFILE.guidance_interval
@@ -61,7 +61,7 @@ def demo() -> None:
     shown = [states[round(part * (len(states) - 1))] for part in FRAMES]
     filmstrip(
         [[state.x[0] for state in shown], [state.x_start[0] for state in shown]],
-        row_labels=["$x_t$", r"$\hat{x}_0$"],
+        row_labels=["$x$", r"$\hat{x}_0$"],
         column_labels=[f"t = {state.t}" for state in shown],
         arrow="the reverse process",
         scale=1,

@@ -331,7 +331,7 @@ label = "known factor"
 plot_points(pairs, colors=species, point_size=6, x_label=label, y_label="measured", alt=alt)
 
 # %% [markdown]
-# Each species has its colour in the figure; grey are the daisies. The background's brightness is
+# Each species has its colour in the figure; the daisies are grey. The background's brightness is
 # measured closely. The size follows the radius, spread by the tilt and by the shapes of the petals.
 # The hue is an angle that jumps from 1 to 0 at red; measured as two numbers, red minus green and
 # yellow minus blue, it does not jump.

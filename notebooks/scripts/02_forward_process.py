@@ -270,8 +270,8 @@ image_grid(
 #
 # $$\text{SNR}_t = \frac{\bar\alpha_t}{1-\bar\alpha_t}$$
 #
-# Nichol & Dhariwal (2021) found that the linear schedule destroys images too early: its last third
-# is almost pure noise, and steps spent there contribute little. In their *cosine* schedule
+# Nichol & Dhariwal (2021) found that the linear schedule destroys images too early: its last
+# quarter is almost pure noise, and steps spent there contribute little. In their *cosine* schedule
 # $\bar\alpha_t$ falls along a squared cosine (their eq. 17), as in notebook 00:
 #
 # $$\bar\alpha_t = \frac{f(t)}{f(0)}, \qquad
@@ -366,8 +366,8 @@ plot_histograms(
 # at a log-SNR below -4, where next to nothing is left of the flower. The cosine schedule spends as
 # many steps on either side of 0, and most of them near it.
 #
-# Now you: move $t$ (drag, or use the arrow keys) and change the schedule. At which $t$ do you lose
-# the flower, and what is the SNR there?
+# Your turn: move $t$ (drag, or use the arrow keys) and change the schedule. At which $t$ do you
+# lose the flower, and what is the SNR there?
 
 # %%
 curves = plot_lines(
@@ -571,8 +571,8 @@ plot_lines(
 # weight grows without bound at the clean end. The plain loss in $x_0$ weights all levels equally,
 # which neglects fine details, whose errors are small numbers. The loss in $v$ is a compromise.
 # Min-SNR (Hang et al. 2023) caps the weight. Our profiles predict $x_0$ and weight its error by
-# $\text{SNR}_t + 1 = 1/(1-\bar\alpha_t)$, as the loss in $v$ does and as notebook 00 did, with a
-# cap.
+# $\text{SNR}_t + 1 = 1/(1-\bar\alpha_t)$, the weight of the loss in $v$ and of notebook 00, but
+# capped.
 #
 # ## One step back
 #
@@ -781,8 +781,8 @@ check(
 # The linear schedule gets there after a quarter of its steps, at 259.
 # </details>
 #
-# **2. A hundred steps.** Write a linear schedule for any $T$: at $T = 1000$ it is Ho et al.'s, and
-# at $T = 100$ its $\bar\alpha_T$ stays below $10^{-3}$.
+# **2. A hundred steps.** Write a linear schedule for any $T$ well above 20: at $T = 1000$ it is Ho
+# et al.'s, and at $T = 100$ its $\bar\alpha_T$ stays below $10^{-3}$.
 
 # %% tags=["exercise"]
 def my_linear_schedule(T): ...
@@ -807,7 +807,8 @@ check(
 #     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 # ```
 #
-# Then the sum of the betas, and with it roughly $\log\bar\alpha_T$, stays the same.
+# Then the sum of the betas, and with it roughly $\log\bar\alpha_T$, stays the same. (At $T \le 20$
+# the last beta would reach 1.)
 # </details>
 #
 # **3. Larger images.** Enlarge the flower to twice its side (every pixel becomes 2 x 2 equal ones),

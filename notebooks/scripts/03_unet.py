@@ -126,7 +126,7 @@ draw_unet(model)
 # popped first. Timestep and label become one vector, the *embedding*, which enters every residual
 # block (brown).
 #
-# We build the parts in the order in which they appear, then put them together.
+# We build the parts one by one, then put them together.
 #
 # ## Position embeddings: which timestep?
 #
@@ -470,10 +470,10 @@ class MyBlock(nn.Module):
 # And this is all of it; `c` is the configuration. `__init__` makes the layers in the order of the
 # drawing. Each output on the way down is kept for a skip connection, so we note how many channels
 # it has (its width). The way up has one block more per level, for one more skip connection: the
-# output of the layer that halved the side. Input and skip connection are concatenated, so their
-# widths add. `forward` follows the arrows. The side is doubled by repeating each pixel and
-# smoothing with a convolution; a transposed convolution, whose patches overlap unevenly, would
-# leave checkerboard artefacts.
+# output of the layer that halved the side or, at the top, of the first convolution. Input and skip
+# connection are concatenated, so their widths add. `forward` follows the arrows. The side is
+# doubled by repeating each pixel and smoothing with a convolution; a transposed convolution, whose
+# patches overlap unevenly, would leave checkerboard artefacts.
 
 # %%
 class MyUNet(nn.Module):

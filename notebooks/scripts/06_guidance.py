@@ -210,7 +210,9 @@ print("largest difference of the two:", f"{(by_classifier - without_one).abs().m
 #   decide which blob it becomes; at the lowest there is nothing left to decide.
 # - *Autoguidance* pushes away from a *worse network*, here one that believes in a width of 0.4,
 #   with the same label. Where the two disagree, the better one errs in the same direction, but
-#   less.
+#   less. In terms of the prediction:
+#   $\hat x_0^\text{worse} + s\,(\hat x_0 - \hat x_0^\text{worse})$, so scale 1 is the better
+#   network alone.
 #
 # The arrows show what each adds to the prediction at noise level 0.5 (each panel has a unit of its
 # own); the points are samples of the first species.
@@ -309,9 +311,10 @@ plot_tradeoff(
 
 # %% [markdown]
 # Classifier-free guidance gains a little fidelity up to scale 2, and pays with a third of the
-# diversity: the blob nearest to the other species empties. Beyond, it loses both, since samples are
-# driven past their own centres. In an interval it gains as much and pays half. Autoguidance
-# gains far more and pays hardly anything, for what it corrects is the blur and not the species.
+# diversity: the blob in the midst of the other species empties. Beyond, it loses both, since
+# samples are driven past their own centres. In an interval it gains as much and pays half.
+# Autoguidance gains far more and pays hardly anything, for what it corrects is the blur and not the
+# species.
 #
 # ## Flowers without a classifier
 #
@@ -589,8 +592,8 @@ check(
 # ```
 # </details>
 #
-# **2. From t to sigma.** An interval is given in noise levels. Which is the noise level at $t =
-# 400$ of `process`?
+# **2. From t to sigma.** An interval is given in noise levels. What is the noise level at $t = 400$
+# of `process`?
 
 # %% tags=["exercise"]
 sigma = None

@@ -289,8 +289,10 @@ plot_histograms(
 # $$ \tfrac12 \big(\mathrm{SNR}(t - 1) - \mathrm{SNR}(t)\big) \; |x_0 - \hat x_0(x_t)|^2 $$
 #
 # nats: a KL divergence between two Gaussians of equal variance (02 has the posterior), and at the
-# first step $-\log$ of a Gaussian around $\hat x_0$. So all it needs is the prediction $\hat x_0$.
-# For mixtures of Gaussians the best prediction is known, and so is the true probability.
+# first step $-\log$ of a Gaussian around $\hat x_0$. (One more term, the *prior*, is the KL
+# divergence of $q(x_T \mid x_0)$ from pure noise; with $\bar\alpha_T \approx 2 \cdot 10^{-9}$ it is
+# practically zero.) So all it needs is the prediction $\hat x_0$. For mixtures of Gaussians the
+# best prediction is known, and so is the true probability.
 
 # %%
 six = torch.arange(6).double() * math.pi / 3
@@ -352,7 +354,7 @@ plot_bars(
 
 # %% [markdown]
 # The bound lies above the truth, as it must, and keeps the order. (The gap arises at the first few
-# steps, where the SNR falls by a factor of three from one to the next; a learned variance narrows
+# steps, where the SNR falls fastest, by a factor of two at the first; a learned variance narrows
 # it, 09.) It punishes what the others forgive: a lost mode, whose points the model holds
 # impossible, and memorising, for held-out points are not among the thirty. Blur costs little. And
 # it fails where the others are strong: among images it is ruled by details too faint to see.
@@ -420,7 +422,7 @@ print("features per image:", expected.shape[1])
 
 # %% [markdown]
 # An error belongs to every number. The *jackknife* leaves out an eighth of both sets at a time and
-# looks how much the metric changes.
+# looks at how much the metric changes.
 
 # %%
 def my_jackknife(metric, a, b, blocks=8):
@@ -470,7 +472,7 @@ plot_bars(
 # %% [markdown]
 # Noise and missing species are found at once. Blur, which any eye sees, hardly moves the distance,
 # for a blurred daisy is still a daisy: **a distance sees what its features see**. And are our
-# samples as good as real ones? Both have an error as large as their difference. That needs more
+# samples as good as real ones? Their errors are larger than their differences. That needs more
 # images.
 #
 # ## Can it tell a good network from a better one?
@@ -630,8 +632,9 @@ plot_lines(
 )
 
 # %% [markdown]
-# What can so many images tell? Two networks are ranked if their distances differ by more than twice
-# the error of a difference, which is $\sqrt 2$ times that of one distance.
+# (Pairs taken from the pool at random scatter far more than the samples' sets, in which the species
+# take turns.) What can so many images tell? Two networks are ranked if their distances differ by
+# more than twice the error of a difference, which is $\sqrt 2$ times that of one distance.
 
 # %%
 _, error = jackknife(kernel, shipped[:N], real_ones)
@@ -652,8 +655,8 @@ plot_bars(
 
 # %% [markdown]
 # A difference below the line needs more images or more seeds: one set of samples decides nothing
-# there. The tables of the [model card](../models/README.md) are of at least
-# 2,000 samples of each of three seeds.
+# there. The tables of the [model card](../models/README.md) are of three seeds, each with at least
+# 2,000 samples (photographs) or 1,024 (embedded flowers).
 #
 # ## Photographs
 #
@@ -687,7 +690,7 @@ stack(
 
 # %% [markdown]
 # Scale 2 takes the samples nearer to photographs. At scale 3 the Fréchet distance grows again, as
-# guidance draws what is most typical, and recall falls. So `sample_image` guides with scale 2.
+# guidance favours what is most typical, and recall falls. So `sample_image` guides with scale 2.
 #
 # Each bar is of 510 images against 510 photographs. Distances to all training photographs, of which
 # the file has the moments, are smaller numbers for the same samples: another N.
@@ -740,8 +743,8 @@ plot_bars(
     {f"real, N = {len(real)}": floor, f"samples, N = {len(samples)}": ours},
     y_label="factor distance",
     alt=(
-        "Distance of each factor's distribution, real and samples: samples a little farther "
-        "than real in most"
+        "Distance of each factor's distribution, real and samples: samples about two and four "
+        "times as far in size and background, no farther in the two colours"
     ),
 )
 
@@ -1031,7 +1034,8 @@ check(
 #
 # </details>
 #
-# All of this, for any profile's network, with more samples and three seeds; what is cut goes on:
+# All of this, for any profile's network, with more samples and three seeds; an interrupted
+# evaluation resumes:
 #
 #     python -m noisout_nb evaluate --profile quick
 #     python -m noisout_nb evaluate --profile flowers64 --features inception

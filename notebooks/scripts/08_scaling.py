@@ -241,7 +241,8 @@ bars(
 # CPUs do, and where the network is wide. So `train(..., autocast=True)` uses it only where
 # `has_bfloat16` finds it. It has 8 significant bits, and in such numbers nothing lies between 0.996
 # and 1, so only the network runs in it; the tables of the process, the loss and the average stay in
-# float32.
+# float32. *Channels last* is the memory layout in which all channels of a pixel lie next to each
+# other, which convolutions read fastest here.
 #
 # ## Several processes
 #

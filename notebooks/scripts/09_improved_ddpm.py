@@ -219,7 +219,7 @@ plot_lines(
 # Ten of the thousand terms hold nearly all of the bound, at noise levels that no eye can see.
 # Together they are more than 8 bits, which storing the grey level itself would take: our network
 # was trained for images, its loss caps the weight of the first timesteps, and the bound weights
-# them most. It is a poor compressor with a good taste, and the more there is to gain.
+# them most. It is a poor compressor with good taste, which leaves all the more to gain.
 #
 # ## Draw t where the bound is
 #
@@ -459,7 +459,7 @@ print("gradient of L_vlb for the prediction:  ", of_bound[last][:channels].abs()
 
 # %% [markdown]
 # $L_\text{vlb}$ is a *sum* over $T$ terms, so one random $t$ must be multiplied by $T$, and
-# $0.001\,T$ is 1 here. Who forgets this weights the bound a thousand times less. Does it matter?
+# $0.001\,T$ is 1 here. Forgetting it weights the bound a thousand times less. Does it matter?
 #
 # - *For the variance's own channels, no.* Their gradient comes from the bound alone, and Adam
 #   divides each gradient by its own typical size, so a constant factor cancels. The figure of

@@ -16,7 +16,7 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/noisOut/noisOut/blob/main/notebooks/10_editing.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/noisOut/noisOut/main?labpath=notebooks/10_editing.ipynb)
 #
-# **What you'll do**: change an image with a network that was only ever trained to generate some:
+# **What you'll do**: change an image with a network that was only ever trained to generate images:
 # fill a hole, turn a rose into a sunflower, and do the same with an image of your own.
 #
 # **What you'll learn**: inpainting by replacement, and why it fits badly; RePaint (Lugmayr et al.
@@ -111,7 +111,7 @@ filmstrip(
     column_labels=list(columns),
     scale=2,
     alt="A rose, a sunflower and a water lily; with new centres, which fit; and as a sunflower, an "
-    "osteospermum and a rose in the same place, by SDEdit and by inversion",
+    "osteospermum and a rose in about the same place, by SDEdit and by inversion",
 )
 
 # %% [markdown]
@@ -268,9 +268,10 @@ print(f"mean of the right pixel: {right['replacement'].mean():.2f}, exact {rho *
 #
 # After a step from $t$ to $t-1$, add the step's noise again, $x_t \sim q(x_t \mid x_{t-1})$, and
 # repeat. The pixels' noise is new, what they have agreed upon remains, and with each repetition
-# they agree more. Many repetitions at one $t$ are a random walk (Langevin's) whose stationary
-# distribution is that of the unknown pixels given the known ones *at that noise level*; at the low
-# levels this is the exact one.
+# they agree more. Many repetitions at one $t$ are a random walk (Langevin's). Its stationary
+# distribution is close to that of the unknown pixels given the known ones *at that noise level*
+# (not equal, since the known pixels' noise is new each time, too); towards the low levels it
+# becomes the exact one.
 
 # %%
 @torch.no_grad()
@@ -315,8 +316,9 @@ for name, values in right.items():
 
 # %% [markdown]
 # Two approximations remain: steps of finite size, and DDPM's fixed variance, which is too small
-# where the prediction is uncertain. (With 120 steps and the exact variance, mean and spread are
-# right to 3 %; the package's tests check it.) On the flowers:
+# where the prediction is uncertain. (With 120 steps, 15 repeats and the exact variance, mean and
+# spread come within a few per cent of the exact ones; the package's tests check it.) On the
+# flowers:
 
 # %%
 for repeats in (1, 2, 4):
@@ -572,9 +574,10 @@ plot_lines(
 # %% [markdown]
 # ## This rose as a sunflower
 #
-# Now go up as what the flower is, and down as what it shall be. The species is decided by the
-# label, all else by the noise, which is the image's own: place, pose, light and background. Up
-# without guidance, which would distort the way, down with it.
+# Now go up with the flower's own label, and down with the new one. The label decides the species,
+# and the noise, which is the image's own, much of the rest: place, pose, light, often the
+# background. No guidance on the way up, where it would distort the path; with guidance on the way
+# down.
 
 # %%
 *_, same = ddim(network, photo_process, inverted.x, y, steps=10, spacing="karras")

@@ -629,7 +629,7 @@ print("the last two differ by more than 3 standard errors:", certain)
 # %% [markdown]
 # Sixty steps from scratch have far to go, with the velocity as output farther. After 24,000 steps
 # both errors are small, and that of the diffusion network is a little lower, although the flow was
-# trained for this very loss: the two trainings are nearly the same.
+# trained for this very loss: the two training runs end up nearly equal.
 #
 # ## Equal work
 #
@@ -729,8 +729,8 @@ plot_bars(
 # except perhaps with a single call (2.4 standard errors), where the samples of both are blurred;
 # and another training run of either network would add a scatter of its own. We call the two
 # networks equal. So the straight path is as good to train on as the arc, and its even steps are a
-# good choice where they are few. It does not bring samples in a single step, as its name may
-# suggest.
+# good choice where they are few. Contrary to what its name may suggest, it does not give samples in
+# a single step.
 #
 # ## Straighten the paths
 #
@@ -870,10 +870,10 @@ print("rectified, 1 call, beats the flow with 2:", bool(one < table["diffusion, 
 
 
 # %% [markdown]
-# Rectified, one call is a little better than two were, the lead is gone with four, and with eight
-# the flow is ahead: more calls improve the flow, and hardly the rectified one, whose paths are
-# straight already. It has learned from 384 samples of the flow, errors included, and for a short
-# time. What rectification brings is the first few calls.
+# Rectified, one call is at least as good as two were, the lead is gone with four, and with eight
+# the flow seems to be ahead (2.5 standard errors): more calls improve the flow, and hardly the
+# rectified one, whose paths are straight already. It has learned from 384 samples of the flow,
+# errors included, and for a short time. What rectification brings is the first few calls.
 #
 # ## What is left of the difference
 #
@@ -964,7 +964,8 @@ check(
 # image_grid(stochastic.cpu(), columns=6)
 # ```
 #
-# Twice the same call gives different flowers: random steps belong to the sampler, not to the path.
+# The same call, made twice, gives different flowers: random steps belong to the sampler, not to the
+# path.
 # </details>
 #
 # This is the last stage. [test](test.ipynb) has the whole way, from data to samples, on one page.

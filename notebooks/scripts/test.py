@@ -179,8 +179,8 @@ if profile.dataset == "flowers102":
 # ## 5 Samples
 #
 # Start from pure noise, predict the clean image, take a small step towards it, predict again
-# ([05_sampling](05_sampling.ipynb), [06_guidance](06_guidance.ipynb)). The film shows $x_t$ and,
-# below it, the prediction $\hat x_0$.
+# ([05_sampling](05_sampling.ipynb), [06_guidance](06_guidance.ipynb)). The film shows the image
+# after the step at $t$ and, below it, the $\hat x_0$ that the network predicted in that step.
 
 # %%
 trained, process, classes = load_model(profile.weights, device)
@@ -204,7 +204,7 @@ states = [*ddim(guided, process, x_T, y, steps=profile.sample_steps, spacing=pro
 # %%
 chosen = [states[round(i * (len(states) - 1) / 8)] for i in range(9)]
 film = [[state.x[0].cpu() for state in chosen], [state.x_start[0].cpu() for state in chosen]]
-labels = {"row_labels": ["$x_t$", r"$\hat x_0$"], "column_labels": [f"t = {s.t}" for s in chosen]}
+labels = {"row_labels": ["$x$", r"$\hat x_0$"], "column_labels": [f"t = {s.t}" for s in chosen]}
 alt = "Noise turns into a flower in nine frames; below each, the predicted clean image"
 demo = filmstrip(film, **labels, arrow="the reverse process", alt=alt)
 demo
