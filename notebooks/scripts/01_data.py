@@ -100,7 +100,7 @@ for name in shown:
     rows.append(paint(64, large.labels[7:8].repeat(4), flower | {name: steps}))
 
 # %%
-alt = "One flower four times: larger, with more petals, in other hues, tilted, before light"
+alt = "One flower four times: larger, with more petals, in other hues, tilted, on lighter grounds"
 image_grid(torch.cat(rows), columns=4, scale=1, row_labels=shown, alt=alt)
 
 # %% [markdown]

@@ -61,14 +61,7 @@ from noisout_nb.generate import sample_image
 from noisout_nb.guidance import ClassifierFreeGuidance
 from noisout_nb.profiles import PROFILES, get_profile
 from noisout_nb.sampling import sample
-from noisout_nb.unet import (
-    AttentionBlock,
-    ResBlock,
-    SinusoidalPositionEmbeddings,
-    UNet,
-    group_norm,
-    zero_init,
-)
+from noisout_nb.unet import AttentionBlock, ResBlock, UNet, group_norm, zero_init
 from noisout_nb.widgets import Explorer
 
 # %%
@@ -119,7 +112,6 @@ filmstrip(
 model = UNet(**profile.network, num_classes=6)
 draw_unet(model)
 
-
 # %% [markdown]
 # Follow the arrows: from $x_t$ down on the left, through the middle, up on the right. Encoder
 # outputs are pushed onto a stack, and decoder blocks pop them (dashed): the last one pushed is
@@ -139,6 +131,9 @@ draw_unet(model)
 # \cos \omega_0 t, \dots, \cos \omega_k t], \qquad \omega_i = 10000^{-i/k}$$
 
 # %%
+from noisout_nb.unet import SinusoidalPositionEmbeddings
+
+
 def my_embeddings(t, dim):
     frequencies = 10_000 ** -(torch.arange(dim // 2) / (dim // 2 - 1))
     angles = t[:, None] * frequencies

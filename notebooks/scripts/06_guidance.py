@@ -48,26 +48,12 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from noisout_nb.checkpoints import load_model, load_pretrained
-from noisout_nb.classifier import train_classifier
 from noisout_nb.data import load_data, species_labels, to_float
 from noisout_nb.evaluation import factor_distance, fine_power_ratio
 from noisout_nb.exercises import check
-from noisout_nb.figures import (
-    filmstrip,
-    image_grid,
-    plot_bars,
-    plot_lines,
-    plot_loss,
-    plot_points,
-    plot_tradeoff,
-)
+from noisout_nb.figures import filmstrip, image_grid, plot_bars, plot_lines, plot_loss, plot_points
 from noisout_nb.forward_process import GaussianDiffusion
-from noisout_nb.guidance import (
-    AutoGuidance,
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    NoisyClassifier,
-)
+from noisout_nb.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance
 from noisout_nb.parallel import get_device
 from noisout_nb.profiles import PROFILES, get_profile
 from noisout_nb.sampling import dpm_solver
@@ -300,6 +286,8 @@ for name, scales in tried.items():
         curves[name].append((f"{s:g}", diversity, fidelity))
 
 # %%
+from noisout_nb.figures import plot_tradeoff
+
 plot_tradeoff(
     curves,
     x_label="diversity (evenness of the blobs)",
@@ -465,6 +453,9 @@ plot_bars(
 # range. Its labels are smoothed, because an overconfident classifier's gradient vanishes.
 
 # %%
+from noisout_nb.classifier import train_classifier
+from noisout_nb.guidance import NoisyClassifier
+
 small = {"image_size": profile.image_size, "patch_size": profile.image_size // 8, "channels": 32}
 small |= {"channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": ()}
 torch.manual_seed(1)

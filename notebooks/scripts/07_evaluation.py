@@ -52,30 +52,9 @@ from torch import nn
 from noisout_nb.checkpoints import load_pretrained
 from noisout_nb.classifier import ClassifierFeatures, find_classifier
 from noisout_nb.data import ImageDataset, ProceduralFlowers, load_data, to_float
-from noisout_nb.evaluation import (
-    CopyDetector,
-    altered,
-    bits_per_dim,
-    coverage,
-    extract_features,
-    factor_distance,
-    frechet_distance,
-    jackknife,
-    kernel_distance,
-    load_features,
-    petal_count,
-    planted_copies,
-    precision_recall,
-)
+from noisout_nb.evaluation import coverage, frechet_distance, kernel_distance, precision_recall
 from noisout_nb.exercises import check
-from noisout_nb.figures import (
-    image_grid,
-    plot_bars,
-    plot_histograms,
-    plot_lines,
-    plot_points,
-    stack,
-)
+from noisout_nb.figures import image_grid, plot_bars, plot_lines, plot_points, stack
 from noisout_nb.forward_process import GaussianDiffusion
 from noisout_nb.parallel import get_device
 from noisout_nb.profiles import PROFILES, get_profile
@@ -255,7 +234,6 @@ plot_bars(
     ),
 )
 
-
 # %% [markdown]
 # Dropped modes cost recall and coverage, blur costs precision, and so does the ring, whose points
 # between the clusters are out of reach. Outliers make recall perfect. The memoriser has no recall
@@ -264,6 +242,9 @@ plot_bars(
 # every test so far. It needs a test of its own: **where is the nearest training point?**
 
 # %%
+from noisout_nb.figures import plot_histograms
+
+
 def to_training(points):
     return torch.cdist(points, training_points).amin(1)
 
@@ -415,16 +396,20 @@ image_grid(
 )
 
 # %%
+from noisout_nb.evaluation import extract_features
+
 embeddings = {name: extract_features(features, x) for name, x in sets.items()}
 expected = extract_features(features, reference)[:count]
 print("features per image:", expected.shape[1])
-
 
 # %% [markdown]
 # An error belongs to every number. The *jackknife* leaves out an eighth of both sets at a time and
 # looks at how much the metric changes.
 
 # %%
+from noisout_nb.evaluation import jackknife
+
+
 def my_jackknife(metric, a, b, blocks=8):
     keep = [[j for j in range(len(a)) if j * blocks // len(a) != i] for i in range(blocks)]
     left_out = torch.tensor([metric(a[k], b[k]) for k in keep])
@@ -485,6 +470,8 @@ plot_bars(
 # below 0 for real ones, so we count from there.)
 
 # %%
+from noisout_nb.evaluation import load_features
+
 folder = PROFILES["quick"].published.parent
 judge, _ = find_classifier(PROFILES["quick"])
 stored, _, facts = load_features(folder / "quick_features.pth", ClassifierFeatures(judge))
@@ -717,6 +704,8 @@ plot_bars(
 # pixels alone: the strongest frequency on a ring around the centre.
 
 # %%
+from noisout_nb.evaluation import petal_count
+
 flowers = ProceduralFlowers(32, 200, seed=5)
 counted = petal_count(to_float(flowers.images))
 print(f"petals counted rightly: {(counted == flowers.factors['petals']).double().mean():.0%}")
@@ -738,6 +727,8 @@ plot_bars(
 ) if embedded else None
 
 # %%
+from noisout_nb.evaluation import factor_distance
+
 floor, ours = factor_distance(real, reference), factor_distance(samples, reference)
 plot_bars(
     {f"real, N = {len(real)}": floor, f"samples, N = {len(samples)}": ours},
@@ -755,6 +746,8 @@ plot_bars(
 # cheaper). The package draws the noises one after the other from the seed, and so do we.
 
 # %%
+from noisout_nb.evaluation import bits_per_dim
+
 short = process.respace(50)
 images, names = real[:8].to(device), held_out.labels[half : half + 8].to(device)
 prior, terms = bits_per_dim(model, short, images.cpu(), names.cpu(), seed=0)
@@ -795,6 +788,8 @@ plot_lines(
 # images are compared as thumbnails, the means on a grid of 8 x 8:
 
 # %% tags=["cover"]
+from noisout_nb.evaluation import CopyDetector
+
 training = to_float(data.images)
 detector = CopyDetector(training, to_float(held_out.images))
 verdict = detector.examine(samples)
@@ -831,6 +826,8 @@ plot_histograms(
 # use beside ours: nearest distance less than a third of the second (Yoon et al. 2023).
 
 # %%
+from noisout_nb.evaluation import planted_copies
+
 plain = planted_copies(training[:100], training[100:200])
 verdicts = {name: detector.examine(plain[name]) for name in ("exact", "mirrored")}
 for name, found in verdicts.items():
@@ -842,6 +839,8 @@ for name, found in verdicts.items():
 # that share of the image, colours that lose it, and that share of the image from another one.
 
 # %%
+from noisout_nb.evaluation import altered
+
 strengths = [0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5]
 power = {}
 for strength in strengths:
@@ -955,7 +954,7 @@ plot_bars(
     y_label="share of copies",
     number="{:.2f}",
     alt=(
-        "Share of copies against training steps: with 32 training images it rises to nearly a "
+        "Share of copies against training steps: with 32 training images it rises to more than a "
         "half, with 2,000 it stays near zero"
     ),
 )

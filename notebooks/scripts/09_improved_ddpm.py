@@ -59,14 +59,7 @@ from noisout_nb.losses import discretized_gaussian_log_likelihood
 from noisout_nb.parallel import get_device
 from noisout_nb.profiles import get_profile
 from noisout_nb.sampling import ddpm
-from noisout_nb.training import (
-    EMA,
-    Batches,
-    held_out_loss,
-    simple_loss,
-    train,
-    variational_bound_term,
-)
+from noisout_nb.training import EMA, Batches, held_out_loss, train
 from noisout_nb.unet import ResBlock, UNet
 
 # %% [markdown]
@@ -163,6 +156,8 @@ print(f"log variance by hand {mine[0, 0, 0, 0]:.3f}, helper package {packaged[0,
 # PyTorch has the formula, too:
 
 # %%
+from noisout_nb.training import variational_bound_term
+
 x_0, noise = images[:4], torch.randn(4, *images.shape[1:], device=device)
 x_t = learned.q_sample(x_0, t, noise)
 prediction, f = x_0 + 0.1, torch.rand_like(x_0)  # a network that errs a little
@@ -428,6 +423,8 @@ more = sum(p.numel() for p in best.parameters())
 print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {more:,} of them new")
 
 # %%
+from noisout_nb.training import simple_loss
+
 x_0, y = images[:32], labels[:32]
 noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(2)).to(device)
 

@@ -54,22 +54,8 @@ from noisout_nb.checkpoints import load_model, load_pretrained, read_card
 from noisout_nb.data import load_data, to_float
 from noisout_nb.evaluation import factor_distance
 from noisout_nb.exercises import check
-from noisout_nb.figures import (
-    bars,
-    image_grid,
-    plot_bars,
-    plot_histograms,
-    plot_lines,
-    plot_points,
-)
-from noisout_nb.flow_matching import (
-    AsVelocity,
-    StraightPath,
-    flow_euler,
-    flow_heun,
-    flow_matching_loss,
-    rectified_pairs,
-)
+from noisout_nb.figures import bars, image_grid, plot_bars, plot_lines, plot_points
+from noisout_nb.flow_matching import StraightPath, flow_euler, flow_heun, flow_matching_loss
 from noisout_nb.forward_process import GaussianDiffusion
 from noisout_nb.losses import loss_terms
 from noisout_nb.parallel import get_device
@@ -153,6 +139,8 @@ plot_points(
 # the left flows through it on the right.
 
 # %%
+from noisout_nb.figures import plot_histograms
+
 x_0, eps = values[torch.randint(3, (20_000,))], torch.randn(20_000)
 moving, half_way = eps.clone(), {}
 for s, lower in zip(levels[:-1], levels[1:], strict=True):
@@ -451,6 +439,8 @@ print("at all 1,000 levels, to 1e-5: x_s / r is diffusion's x_t, and u the formu
 # $x_s / r$ and the timestep with the nearest noise level, and returns $(x_s - \hat x_0)/s$:
 
 # %%
+from noisout_nb.flow_matching import AsVelocity
+
 profile, device = PROFILES["quick"], get_device()  # the size that `models/` has a flow for
 model, process, classes = load_pretrained(profile, device)
 data, held_out = load_data(profile), load_data(profile, "val")
@@ -741,6 +731,8 @@ plot_bars(
 # average, and no reason to bend. First in the plane:
 
 # %%
+from noisout_nb.flow_matching import rectified_pairs
+
 plane_noise = torch.randn(4000, 2)
 plane_ends = rectified_pairs(plane, path, plane_noise, steps=10, clip=False, batch_size=4000)
 
